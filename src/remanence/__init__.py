@@ -1,0 +1,1 @@
+"""remanence: where should new knowledge live in a neural network?"""
