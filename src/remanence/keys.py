@@ -41,7 +41,7 @@ def keyed_rng(*key: Key) -> Iterator[None]:
     """
     seed = key_seed(*key)
     before = torch.default_generator.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     torch.default_generator.manual_seed(seed)
     if cuda is not None:
         torch.cuda.manual_seed(seed)

@@ -1,0 +1,118 @@
+"""What is trained before a stream begins and then only read.
+
+An artifact is built once, resumably, under a lock, and cached as a folder named after the hash of its settings and its
+data. The folder appears whole or not at all; its header.json lists which examples it saw, so that overlap with a stream's
+test data can be refused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from remanence.errors import DataError
+from remanence.learner import Progress
+from remanence.state import write_whole
+from remanence.task import Data, Stream, origins
+
+
+class TrainingSource(Protocol):
+    """Where an artifact's data comes from; `remanence.streams.Source` is one."""
+
+    name: str
+
+    @property
+    def train(self) -> Data: ...
+    @property
+    def test(self) -> Data: ...
+    def fingerprint(self) -> str: ...
+
+
+class Artifact(ABC):
+    """Something pretrained.
+
+    Attributes:
+        kind: first part of the cache folder's name.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on, as JSON values, the data's fingerprint included."""
+
+    @abstractmethod
+    def seen(self) -> Tensor:
+        """(N,) int64 ids of all examples that the artifact is trained on."""
+
+    @abstractmethod
+    def build(self, folder: Path) -> Iterator[Progress]:
+        """Train, and leave the result's files in `folder`; resumes from what an interrupted build left there."""
+
+    def header(self) -> dict[str, Any]:
+        """What a reader of the folder needs besides the files."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Hash of the settings; equal fingerprints mean equal artifacts."""
+        content = json.dumps({"kind": self.kind, **self.settings()}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where artifacts live: `REMANENCE_CACHE`, else ~/.cache/remanence."""
+    return Path(os.environ.get("REMANENCE_CACHE") or Path.home() / ".cache" / "remanence").expanduser()
+
+
+def materialise(artifact: Artifact, on_progress: Callable[[Progress], None] | None = None, cache: Path | None = None) -> Path:
+    """The artifact's folder, built first if it is not there yet; a second process waits for the first.
+
+    Args:
+        on_progress: called after every building step.
+        cache: folder of all artifacts; `cache_folder()` by default.
+    """
+    cache = cache or cache_folder()
+    folder = cache / f"{artifact.kind}-{artifact.fingerprint()}"
+    if (folder / "header.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{folder.name}.lock"):
+        if not (folder / "header.json").exists():
+            partial = cache / f".{folder.name}.partial"
+            partial.mkdir(exist_ok=True)
+            for progress in artifact.build(partial):
+                if on_progress is not None:
+                    on_progress(progress)
+            header = {"kind": artifact.kind, "settings": artifact.settings(), "saw": sorted(artifact.seen().tolist()), **artifact.header()}
+            write_whole(partial / "header.json", json.dumps(header))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+    return folder
+
+
+def refuse_overlap(folder: Path, stream: Stream) -> None:
+    """Refuse a stream whose test data an artifact was trained on; transformed copies count as the same example.
+
+    Raises:
+        DataError: at least one test example was seen.
+    """
+    path = folder / "header.json"
+    if not path.exists():
+        return
+    saw = origins(torch.tensor(json.loads(path.read_text(encoding="utf-8")).get("saw", []), dtype=torch.int64))
+    tasks = stream.subjects if stream.mode == "sequential" else ()
+    for task in (*tasks, *stream.bystanders):
+        n_seen = int(torch.isin(origins(task.test.ids), saw).sum())
+        if n_seen:
+            raise DataError(
+                f"{n_seen} of {len(task.test)} test examples of '{task.name}' (stream '{stream.name}') were seen by the artifact "
+                f"{folder.name}. Pretrain on another part of the source."
+            )

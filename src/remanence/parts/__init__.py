@@ -1,0 +1,21 @@
+"""What several stores need and none owns."""
+
+from remanence.parts.buffer import ReservoirBuffer
+from remanence.parts.fisher import diagonal_fisher
+from remanence.parts.gradient import GradientLearner, run_verb
+from remanence.parts.heads import ClassHead, PrototypeHead
+from remanence.parts.hosts import VisionHost
+from remanence.parts.pretraining import PretrainedViT
+from remanence.parts.task_book import TaskBook
+
+__all__ = [
+    "ClassHead",
+    "GradientLearner",
+    "PretrainedViT",
+    "PrototypeHead",
+    "ReservoirBuffer",
+    "TaskBook",
+    "VisionHost",
+    "diagonal_fisher",
+    "run_verb",
+]
