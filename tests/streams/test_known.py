@@ -28,6 +28,7 @@ def test_omniglot_background():
     assert source.images.shape == (964 * 20, 1, 28, 28)
     assert source.classes == tuple(range(1, 965))
     assert torch.bincount(source.labels[source.is_test])[1:].unique().tolist() == [4]
+    assert source.is_test[:20].tolist() == [False] * 16 + [True] * 4  # the last drawers
     assert source.n_labels == 1624
     assert 0 < float(source.images.mean()) < 0.2  # ink is light on 0
 
