@@ -261,3 +261,10 @@ def test_an_empty_ledger_gives_an_empty_table():
     table = five_verbs(to_frame([]))
     assert isinstance(table, pd.DataFrame)
     assert len(table) == 0
+
+
+def test_relearning_of_what_was_already_lost_has_no_length():
+    frame = to_frame(full_cell(shift=-0.5))  # a stood at 0.2 before it was forgotten, chance is 0.25
+    row = value_of(frame, "relearn_ratio")
+    assert np.isnan(row["mean"])
+    assert "did not exceed chance" in value_of(frame, "relearn_examples")["note"]

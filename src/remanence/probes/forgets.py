@@ -93,12 +93,15 @@ def _one_event(pool: _Pool, ends: pd.DataFrame, event: int, subjects: list[str],
     accuracy = ends[(ends["probe"] == "accuracy") & (ends["metric"] == "accuracy") & (ends["reader"] == reader)]
     before = _latest(accuracy[accuracy["event"] < event])
     after = _latest(accuracy[accuracy["event"] == event])
+    guessed = ends[(ends["probe"] == "accuracy") & (ends["metric"] == "chance") & (ends["reader"] == reader)]
+    chance = _latest(guessed[guessed["event"] < event])
     learned = set(ends[(ends["metric"] == "n_train") & (ends["verb"] == "learn") & (ends["event"] < event)]["subject"])
     missing = "accuracy was not measured"
     for name in subjects:
         pool.add("forgotten_accuracy_before", before.get(name, np.nan), missing)
         pool.add("forgotten_accuracy_after", after.get(name, np.nan), missing)
-        _relearning(pool, ends[ends["event"] == event], name, before.get(name, np.nan))
+        is_known = before.get(name, np.nan) > chance.get(name, 0.0)
+        _relearning(pool, ends[ends["event"] == event], name, before.get(name, np.nan) if is_known else np.nan)
     rest = [after[name] - before[name] for name in sorted(learned - gone) if name in before and name in after]
     pool.add("rest_change", float(np.mean(rest)) if rest else np.nan, "nothing else was learned, or it was not measured")
     member = ends[ends["metric"] == "membership_auc"]
@@ -109,7 +112,7 @@ def _one_event(pool: _Pool, ends: pd.DataFrame, event: int, subjects: list[str],
 
 
 def _relearning(pool: _Pool, rows: pd.DataFrame, subject: str, old: float) -> None:
-    """Examples until 90 % of the old accuracy is back; nothing to wait for where the old accuracy was 0."""
+    """Examples until 90 % of the old accuracy is back; nothing to wait for where the old accuracy (NaN) did not exceed chance."""
     names = {"relearn_examples": "relearn_accuracy", "fresh_examples": "fresh_accuracy"}
     n_examples = {}
     for metric, curve in names.items():
@@ -124,8 +127,8 @@ def _relearning(pool: _Pool, rows: pd.DataFrame, subject: str, old: float) -> No
 def _examples_until(points: pd.DataFrame, level: float) -> tuple[float, str]:
     if not len(points):
         return np.nan, "relearning was not measured"
-    if np.isnan(level) or level <= 0:
-        return np.nan, "nothing was left to forget: the old accuracy was 0"
+    if np.isnan(level):
+        return np.nan, "nothing was left to forget: the old accuracy did not exceed chance"
     reached = points[points["value"] >= level - 1e-12]
     if not len(reached):
         return np.nan, f"90 % of the old accuracy did not come back within {int(points['at'].max())} examples"
