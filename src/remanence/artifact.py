@@ -57,6 +57,10 @@ class Artifact(ABC):
     def build(self, folder: Path) -> Iterator[Progress]:
         """Train, and leave the result's files in `folder`; resumes from what an interrupted build left there."""
 
+    @abstractmethod
+    def sketch(self, folder: Path) -> None:
+        """Leave an untrained stand-in in `folder`, of the same shape: settings are checked against it before any training."""
+
     def header(self) -> dict[str, Any]:
         """What a reader of the folder needs besides the files."""
         return {}
@@ -98,21 +102,23 @@ def materialise(artifact: Artifact, on_progress: Callable[[Progress], None] | No
     return folder
 
 
-def refuse_overlap(folder: Path, stream: Stream) -> None:
-    """Refuse a stream whose test data an artifact was trained on; transformed copies count as the same example.
+def refuse_overlap(saw: Tensor, name: str, stream: Stream, n_events: int = 64) -> None:
+    """Refuse a stream whose test data an artifact is trained on; transformed copies count as the same example.
+
+    Args:
+        saw: (N,) int64 ids of the artifact's training examples.
+        name: of the artifact, for the message.
+        n_events: of a stream of independent tasks (episodes), how many are looked at.
 
     Raises:
         DataError: at least one test example was seen.
     """
-    path = folder / "header.json"
-    if not path.exists():
-        return
-    saw = origins(torch.tensor(json.loads(path.read_text(encoding="utf-8")).get("saw", []), dtype=torch.int64))
-    tasks = stream.subjects if stream.mode == "sequential" else ()
+    known = origins(saw)
+    tasks = stream.subjects or tuple(event.task for event in stream[:n_events])
     for task in (*tasks, *stream.bystanders):
-        n_seen = int(torch.isin(origins(task.test.ids), saw).sum())
+        n_seen = int(torch.isin(origins(task.test.ids), known).sum())
         if n_seen:
             raise DataError(
-                f"{n_seen} of {len(task.test)} test examples of '{task.name}' (stream '{stream.name}') were seen by the artifact "
-                f"{folder.name}. Pretrain on another part of the source."
+                f"{n_seen} of {len(task.test)} test examples of '{task.name}' (stream '{stream.name}') are in the training data of "
+                f"artifact '{name}'. Pretrain on another part of the source."
             )

@@ -86,6 +86,17 @@ def states_equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
+def all_finite(value: Any) -> bool:
+    """Whether no tensor of a state holds a NaN or an infinity."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(all_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(all_finite, value))
+    return True
+
+
 def save_state(path: Path, state: State) -> None:
     """Save a state to one safetensors file.
 

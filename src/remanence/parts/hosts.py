@@ -5,6 +5,8 @@ Axes: B batch, C channels, H, W pixels, D width.
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -118,15 +120,23 @@ def _read(folder: Path) -> VisionHost:
 
 def _from_pretrained(folder: Path, has_head: bool) -> tuple[nn.Module, nn.Linear | None]:
     from transformers import ViTForImageClassification, ViTModel
+
+    with no_progress_bar():
+        if not has_head:
+            return ViTModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False), None
+        model = ViTForImageClassification.from_pretrained(folder, local_files_only=True)
+        return model.vit, model.classifier
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for the blink that reading or writing a small model takes."""
     from transformers.utils import logging
 
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if not has_head:
-            return ViTModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False), None
-        model = ViTForImageClassification.from_pretrained(folder, local_files_only=True)
-        return model.vit, model.classifier
+        yield
     finally:
         if had_bar:
             logging.enable_progress_bar()

@@ -18,6 +18,7 @@ from remanence.artifact import Artifact, TrainingSource
 from remanence.errors import SettingError
 from remanence.keys import keyed_rng
 from remanence.learner import Progress
+from remanence.parts.hosts import no_progress_bar
 from remanence.parts.learning_rate import warm_cosine
 from remanence.parts.optimizer_state import load_moments, moments
 from remanence.state import load_state, save_state, write_whole
@@ -86,6 +87,11 @@ class PretrainedViT(Artifact):
             yield Progress(step + 1, n_steps, loss.detach(), len(rows))
         self._save(model.eval(), classes, folder)
 
+    def sketch(self, folder: Path) -> None:
+        with no_progress_bar():
+            self._model().save_pretrained(folder)
+        write_whole(folder / "header.json", json.dumps(self.header()))
+
     def _model(self) -> Any:
         from transformers import ViTConfig, ViTForImageClassification
 
@@ -104,7 +110,8 @@ class PretrainedViT(Artifact):
         accuracy = (classes[torch.cat(answers)] == test.targets).double().mean().item() if len(test) else math.nan
         shutil.rmtree(folder)
         folder.mkdir()
-        model.save_pretrained(folder)
+        with no_progress_bar():
+            model.save_pretrained(folder)
         write_whole(folder / "preprocessor_config.json", json.dumps({"image_mean": [0.5], "image_std": [0.5]}))
         write_whole(
             folder / "pretraining.json", json.dumps({"test_accuracy": accuracy, "n_classes": len(classes), "n_examples": len(self.seen())})

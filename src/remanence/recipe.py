@@ -1,0 +1,289 @@
+"""A comparison as a YAML file: which sources, artifacts, streams, learners, probes and seeds.
+
+    name: digits
+    sources:   {digits: {call: remanence.streams.digits}}
+    artifacts: {backbone: {call: remanence.parts.PretrainedViT, source: $digits}}
+    streams:   {in turn: {call: remanence.streams.split_classes, source: $digits, per_task: 2}}
+    learners:  {fine-tuning: {call: remanence.weights.FineTuning, backbone: $backbone}}
+    probes:    [{call: remanence.probes.Accuracy, at: log}]
+    seeds:     [0, 1, 2]
+
+`call` names anything importable, also from a file of your own in the working directory; the keys beside it are its
+arguments, and may be calls themselves. `$name` is a source, an artifact's folder or a stream defined above. Every
+argument is checked against the callee's signature before anything is built.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from remanence.errors import MissingExtra, RecipeError, nearest
+
+Tree = dict[str, Any]
+Where = tuple[str | int, ...]
+
+_SECTIONS = {"sources": dict, "artifacts": dict, "streams": dict, "learners": dict, "probes": list, "seeds": list, "cells": list}
+_TEXTS = {"name": str, "about": str, "device": str, "minutes": (int, float), "command": str, "expect": list}
+_REQUIRED = ("streams", "learners", "probes", "seeds")
+_SUPPLIED = ("seed", "order_seed", "device")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was read and checked, but of which nothing is built yet.
+
+    Args:
+        name: names the run's folder.
+        tree: the resolved content, overrides applied.
+        path: the file it came from.
+        lines: line of every key, for messages.
+        is_stated: no override was given, so that what the recipe states about its result applies.
+    """
+
+    name: str
+    tree: Tree
+    path: Path
+    lines: Mapping[Where, int] = field(repr=False, default_factory=dict)
+    is_stated: bool = True
+
+    @property
+    def run(self) -> str:
+        """Hash of all that decides the result: equal runs have equal ledgers."""
+        described = ("about", "minutes", "command", "expect")
+        content = {key: value for key, value in self.tree.items() if key not in described}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def device(self) -> str:
+        return str(self.tree.get("device", "cpu"))
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.tree["seeds"])
+
+    def grid(self) -> list[tuple[str, str]]:
+        """The (stream, learner) pairs to run: those of `cells`, or every pair."""
+        learners = list(self.tree["learners"])
+        chosen = self.tree.get("cells") or [{"stream": stream, "learners": learners} for stream in self.tree["streams"]]
+        return [(cell["stream"], learner) for cell in chosen for learner in cell.get("learners", learners)]
+
+    def fail(self, where: Where, message: str) -> RecipeError:
+        """An error that names the place in the file."""
+        known = [where[:size] for size in range(len(where), 0, -1) if where[:size] in self.lines]
+        line = f", line {self.lines[known[0]]}" if known else ""
+        return RecipeError(f"{self.path}{line}: {'.'.join(map(str, where)) or 'recipe'}: {message}")
+
+
+def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe file, apply overrides, and check every key, name, import path and argument type.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted key -> YAML value, as `remanence run --set key=value` gives them.
+
+    Raises:
+        RecipeError: anything is wrong; names key, file, line and the nearest right key.
+    """
+    if not path.exists():
+        raise RecipeError(f"no recipe at {path}. Give a YAML file, or a name that `remanence list` shows.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        node, tree = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    recipe = Recipe(path.stem, tree, path, dict(_lines(node, ())), is_stated=not overrides)
+    if not isinstance(tree, dict):
+        raise recipe.fail((), f"a recipe is a mapping with the keys {', '.join(_REQUIRED)}; got {type(tree).__name__}.")
+    for key, value in (overrides or {}).items():
+        _override(recipe, key, value)
+    _check_sections(recipe)
+    _check_names(recipe)
+    for section in ("sources", "artifacts", "streams", "learners"):
+        for name, call in (tree.get(section) or {}).items():
+            _check_call(recipe, (section, name), call)
+    for index, call in enumerate(tree["probes"]):
+        _check_call(recipe, ("probes", index), call)
+    return Recipe(str(tree.get("name", path.stem)), tree, path, recipe.lines, recipe.is_stated)
+
+
+def build(call: Any, named: Callable[[str], Any], supplied: Mapping[str, Any]) -> Any:
+    """Turn a checked part of a recipe into the object it describes.
+
+    Args:
+        call: a mapping with `call`, or any YAML value.
+        named: what `$name` stands for.
+        supplied: arguments for callees that take them and were not told otherwise (seed, order_seed, device).
+    """
+    if isinstance(call, str) and call.startswith("$"):
+        return named(call[1:])
+    if isinstance(call, list):
+        return [build(item, named, supplied) for item in call]
+    if not (isinstance(call, dict) and "call" in call):
+        return call
+    target = find(call["call"])
+    parameters = inspect.signature(target).parameters
+    arguments = {
+        key: _typed(target, key, value) if _is_plain(value) else build(value, named, supplied)
+        for key, value in call.items()
+        if key != "call"
+    }
+    return target(**{key: value for key, value in supplied.items() if key in parameters} | arguments)
+
+
+def find(path: str) -> Callable[..., Any]:
+    """The object at a dotted import path; modules in the working directory are found too.
+
+    Raises:
+        RecipeError: nothing is there; names the nearest public name of the module.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise RecipeError(f"'{path}' is no import path; write package.module.Name.")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except MissingExtra:
+        raise
+    except ImportError as error:
+        raise RecipeError(f"cannot import '{module_name}' for '{path}': {error}. Is the file in the working directory?") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        public = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
+        raise RecipeError(f"'{module_name}' has no '{name}'.{nearest(name, public)}")
+    return found
+
+
+def _lines(node: yaml.Node | None, where: Where) -> Iterator[tuple[Where, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*where, key.value)
+            yield place, key.start_mark.line + 1
+            yield from _lines(value, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*where, index), value.start_mark.line + 1
+            yield from _lines(value, (*where, index))
+
+
+def _override(recipe: Recipe, key: str, value: str) -> None:
+    *path, last = key.split(".")
+    place: Any = recipe.tree
+    for depth, part in enumerate(path):
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict) and part in place:
+            place = place[part]
+        else:
+            known = place if isinstance(place, dict) else map(str, range(len(place))) if isinstance(place, list) else ()
+            raise RecipeError(f"--set {key}: {recipe.path} has no '{'.'.join(path[: depth + 1])}'.{nearest(part, known)}")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = yaml.safe_load(value)
+    elif isinstance(place, dict):
+        place[last] = yaml.safe_load(value)
+    else:
+        raise RecipeError(f"--set {key}: '{'.'.join(path)}' of {recipe.path} has no keys; it is {place!r}.")
+
+
+def _check_sections(recipe: Recipe) -> None:
+    known = {**_SECTIONS, **_TEXTS}
+    for key, value in recipe.tree.items():
+        if key not in known:
+            raise recipe.fail((key,), f"unknown key.{nearest(str(key), known)}")
+        if not isinstance(value, known[key]):  # type: ignore[arg-type]
+            raise recipe.fail((key,), f"must be a {known[key]}, got {value!r}.")
+    for key in _REQUIRED:
+        if not recipe.tree.get(key):
+            raise recipe.fail((), f"the key '{key}' is missing or empty.")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in recipe.seeds) or len(set(recipe.seeds)) < len(recipe.seeds):
+        raise recipe.fail(("seeds",), f"must be different whole numbers, got {recipe.seeds}.")
+
+
+def _check_names(recipe: Recipe) -> None:
+    sections = [recipe.tree.get(section) or {} for section in ("sources", "artifacts", "streams")]
+    names = [name for section in sections for name in section]
+    for name in names:
+        if names.count(name) > 1:
+            raise recipe.fail((name,), f"'{name}' stands twice among sources, artifacts and streams; give each a name of its own.")
+    for index, cell in enumerate(recipe.tree.get("cells") or ()):
+        if not isinstance(cell, dict) or "stream" not in cell or set(cell) - {"stream", "learners"}:
+            raise recipe.fail(("cells", index), f"a cell is {{stream: name, learners: [names]}}, got {cell!r}.")
+        if cell["stream"] not in recipe.tree["streams"]:
+            raise recipe.fail(("cells", index), f"no stream '{cell['stream']}'.{nearest(cell['stream'], recipe.tree['streams'])}")
+        for learner in cell.get("learners") or ():
+            if learner not in recipe.tree["learners"]:
+                raise recipe.fail(("cells", index), f"no learner '{learner}'.{nearest(learner, recipe.tree['learners'])}")
+
+
+def _check_call(recipe: Recipe, where: Where, call: Any) -> None:
+    if not (isinstance(call, dict) and isinstance(call.get("call"), str)):
+        raise recipe.fail(where, f"needs a `call:` with an import path, got {call!r}.")
+    try:
+        target = find(call["call"])
+    except RecipeError as error:
+        raise recipe.fail((*where, "call"), str(error)) from error
+    parameters = inspect.signature(target).parameters
+    for key, value in call.items():
+        if key != "call":
+            if key not in parameters:
+                raise recipe.fail((*where, key), f"{call['call']} has no setting '{key}'.{nearest(str(key), parameters)}")
+            _check_argument(recipe, (*where, key), target, value)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if name not in call and name not in _SUPPLIED
+    ]
+    if missing:
+        raise recipe.fail(where, f"{call['call']} needs {', '.join(missing)}.")
+
+
+def _check_argument(recipe: Recipe, where: Where, target: Callable[..., Any], value: Any) -> None:
+    if isinstance(value, str) and value.startswith("$"):
+        names = [name for section in ("sources", "artifacts", "streams") for name in recipe.tree.get(section) or {}]
+        if value[1:] not in names:
+            raise recipe.fail(where, f"nothing is named '{value[1:]}'.{nearest(value[1:], names)}")
+    elif isinstance(value, dict) and "call" in value:
+        _check_call(recipe, where, value)
+    elif isinstance(value, list) and not _is_plain(value):
+        for index, item in enumerate(value):
+            _check_argument(recipe, (*where, index), target, item)
+    elif _is_plain(value) and isinstance(where[-1], str):
+        try:
+            _typed(target, where[-1], value)
+        except RecipeError as error:
+            raise recipe.fail(where, str(error)) from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value holds neither a call nor a reference."""
+    if isinstance(value, dict):
+        return "call" not in value and all(_is_plain(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return not (isinstance(value, str) and value.startswith("$"))
+
+
+def _typed(target: Callable[..., Any], name: str, value: Any) -> Any:
+    """A YAML value as the type that the parameter is annotated with: 1e-3 becomes a float, a list a tuple."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    annotation = get_type_hints(target.__init__ if inspect.isclass(target) else target).get(name)  # type: ignore[misc]
+    if annotation is None:
+        return value
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=annotation)
+    try:
+        return parser.parse_object({"value": value}).value
+    except ArgumentError as error:
+        shown = getattr(annotation, "__name__", annotation) if inspect.isclass(annotation) else annotation
+        raise RecipeError(f"must be {shown}, got {value!r}.") from error
