@@ -48,7 +48,12 @@ def full_cell(learner="L", seed=0, shift=0.0, supported=True, forget=True):
             cell.add(event, "run", NAMES[event], "n_train", 40.0)
             for metric, value in (("steps", 10.0), ("examples", 80.0), ("seconds", 0.5), ("peak_memory_bytes", 100.0 + event)):
                 cell.add(event, "run", "", metric, value)
-            costs = (("total_bytes", 30.0 * (event + 1)), ("trainable_parameters", 7.0), ("flops_learn", 1000.0), ("flops_predict", 5.0))
+            costs = (
+                ("total_bytes", 30.0 * (event + 1)),
+                ("trainable_parameters", 7.0),
+                ("flops_learn", 1000.0),
+                ("flops_predict", 5.0),
+            )
             for metric, value in costs:
                 cell.add(event, "cost", "", metric, value)
             for step, share in ((1, 0.1), (2, 0.5), (4, 0.95), (8, 1.0)):
@@ -57,7 +62,10 @@ def full_cell(learner="L", seed=0, shift=0.0, supported=True, forget=True):
     if forget:
         cell.add(3, "run", "", "erasure_supported", float(supported), note="" if supported else "L cannot take 'a' out again.")
         cell.add(3, "membership", "a", "membership_auc", 0.5)
-        for metric, curve in (("relearn_accuracy", {0: 0.1, 8: 0.5, 16: 0.7}), ("fresh_accuracy", {0: 0.0, 8: 0.3, 16: 0.6, 64: 0.8})):
+        for metric, curve in (
+            ("relearn_accuracy", {0: 0.1, 8: 0.5, 16: 0.7}),
+            ("fresh_accuracy", {0: 0.0, 8: 0.3, 16: 0.6, 64: 0.8}),
+        ):
             for at, value in curve.items():
                 cell.add(3, "relearning", "a", metric, value, at=at)
     return cell.rows

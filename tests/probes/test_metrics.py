@@ -90,7 +90,13 @@ def test_agreement_with_the_peers(seed):
     assert np.mean(np.maximum(ours, 0)) == pytest.approx(mammoth(matrix))
 
 
-UNDEFINED = [metrics.forgetting_first, metrics.forgetting_max, metrics.forgetting_step, metrics.backward_transfer, metrics.interference]
+UNDEFINED = [
+    metrics.forgetting_first,
+    metrics.forgetting_max,
+    metrics.forgetting_step,
+    metrics.backward_transfer,
+    metrics.interference,
+]
 
 
 @pytest.mark.parametrize("metric", UNDEFINED)

@@ -50,7 +50,11 @@ def rows_of(learner, seed, stream="split digits"):
             costs = {"steps": STEPS, "examples": STEPS * SIZE, "seconds": 0.8 + 0.1 * seed, "peak_memory_bytes": 3e8}
             for metric, value in costs.items():
                 add(event, "run", "", metric, float(value))
-            for metric, value in {"total_bytes": n_bytes * (event + 1), "trainable_parameters": n_bytes / 4, "flops_learn": 4e9}.items():
+            for metric, value in {
+                "total_bytes": n_bytes * (event + 1),
+                "trainable_parameters": n_bytes / 4,
+                "flops_learn": 4e9,
+            }.items():
                 add(event, "cost", "", metric, float(value))
     note = "" if forgets else f"{learner} cannot take '{TASKS[1]}' out again. Train anew without it."
     add(5, "run", "", "erasure_supported", float(forgets), note=note)

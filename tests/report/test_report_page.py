@@ -122,9 +122,18 @@ def test_report_goes_where_it_is_told_and_refuses_a_folder_that_is_no_run(run, t
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page was not opened in a browser")
 def test_browser_draws_every_plot_without_a_script_error(page, text, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=20000"]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        "--virtual-time-budget=20000",
+    ]
     done = subprocess.run(
-        [CHROMIUM, *flags, "--window-size=1280,2400", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [CHROMIUM, *flags, "--window-size=1280,2400", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     root = re.search(r"<html[^>]*>", done.stdout).group(0)
     assert "data-script-errors" not in root, root

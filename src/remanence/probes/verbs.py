@@ -14,7 +14,15 @@ import pandas as pd
 from remanence.errors import SettingError, nearest
 from remanence.probes import metrics
 from remanence.probes.forgets import forget_effects
-from remanence.probes.matrix import AccuracyMatrix, accuracy_matrix, accuracy_when_learned, cells, event_ends, is_independent, readers
+from remanence.probes.matrix import (
+    AccuracyMatrix,
+    accuracy_matrix,
+    accuracy_when_learned,
+    cells,
+    event_ends,
+    is_independent,
+    readers,
+)
 from remanence.probes.metrics import Result
 from remanence.probes.spending import cost_of, examples_to_learn
 from remanence.probes.statistics import Interval, interval

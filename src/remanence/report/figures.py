@@ -34,8 +34,8 @@ def colour_of(store: str) -> str:
 
 
 def opacity_of(position: int, n: int) -> float:
-    """Older tasks stand out: 1 for the first, 0.45 for the last."""
-    return 1.0 if n < 2 else 1.0 - 0.55 * position / (n - 1)
+    """Older tasks stand out: 1 for the first, 0.55 for the last."""
+    return 1.0 if n < 2 else 1.0 - 0.45 * position / (n - 1)
 
 
 def matrix_figure(panel: Panel) -> "go.Figure":
@@ -98,7 +98,9 @@ def cost_figure(rows: Sequence[TableRow], chance: float) -> "go.Figure | None":
             go.Scatter(
                 x=[max(1.0, row.values["bytes_per_task"].mean) / 1024],
                 y=[100 * accuracy.mean],
-                error_y=None if np.isnan(accuracy.half_width) else {"array": [100 * accuracy.half_width], "thickness": 1.2, "width": 4},
+                error_y=None
+                if np.isnan(accuracy.half_width)
+                else {"array": [100 * accuracy.half_width], "thickness": 1.2, "width": 4, "color": _UNKNOWN},
                 mode="markers+text",
                 text=[_plain(row.label)],
                 textposition=_text_positions(kept)[index],
@@ -137,15 +139,19 @@ def erasure_figure(rows: Sequence[TableRow]) -> "go.Figure | None":
             go.Bar(
                 x=labels,
                 y=[100 * value.mean for value in values],
-                error_y={"array": [_zero(100 * value.half_width) for value in values], "thickness": 1.2, "width": 4},
+                error_y=_error_bars([100 * value.half_width for value in values]),
                 name=f"{when} forgetting",
-                marker={"color": colours, "pattern": {"shape": pattern, "fillmode": "replace"}, "line": {"color": colours, "width": 1.5}},
+                marker={
+                    "color": colours,
+                    "pattern": {"shape": pattern, "fillmode": "replace"},
+                    "line": {"color": colours, "width": 1.5},
+                },
                 hovertemplate=f"%{{x}}<br>{when}: %{{y:.1f}} %<extra></extra>",
             )
         )
     figure = _figure(traces, "", "accuracy on the forgotten (%)", height=340)
     figure.update_layout(barmode="group", showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    figure.update_xaxes(automargin=True)
+    figure.update_xaxes(automargin=True, showgrid=False)
     figure.update_yaxes(range=[0, 105])
     return figure
 
@@ -155,7 +161,10 @@ def relearning_figure(panel: Panel) -> "go.Figure | None":
     if not panel.relearn:
         return None
     traces = []
-    for points, name, dash, symbol in ((panel.relearn, "again", "solid", "circle"), (panel.fresh, "fresh learner", "dot", "square-open")):
+    for points, name, dash, symbol in (
+        (panel.relearn, "again", "solid", "circle"),
+        (panel.fresh, "fresh learner", "dot", "square-open"),
+    ):
         traces.append(
             go.Scatter(
                 x=[x for x, _ in points],
@@ -212,8 +221,9 @@ def _lists(values: "np.ndarray[Any, np.dtype[np.float64]]") -> list[list[float |
     return [[None if np.isnan(value) else float(value) for value in row] for row in values]
 
 
-def _zero(half: float) -> float:
-    return 0.0 if np.isnan(half) else half
+def _error_bars(halves: list[float]) -> dict[str, Any]:
+    """Half-widths of intervals; none is drawn where one seed stands alone."""
+    return {"array": [0.0 if np.isnan(half) else half for half in halves], "thickness": 1.4, "width": 4, "color": _UNKNOWN}
 
 
 def _plain(label: str) -> str:

@@ -82,7 +82,8 @@ def _facts(manifest: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, str
     """What the run is: label and value."""
     seeds = [str(seed) for seed in manifest.get("seeds", sorted(set(frame["seed"])))]
     facts = [("command", manifest.get("command", "")), ("seeds", ", ".join(seeds)), ("expected", manifest.get("expect") or "")]
-    facts += [(str(name), str(value)) for name, value in manifest.get("environment", {}).items()]
+    environment = manifest.get("environment", {})
+    facts.append(("made with", " · ".join(f"{name} {value}" for name, value in environment.items() if value)))
     return [(name, str(value)) for name, value in [*facts, ("run", manifest.get("run", ""))] if value]
 
 
