@@ -171,6 +171,7 @@ def test_relearning_that_never_arrives_is_missing_with_the_number_tried():
     row = value_of(to_frame(rows), "fresh_examples")
     assert np.isnan(row["mean"])
     assert row["note"] == "90 % of the old accuracy did not come back within 16 examples"
+    assert value_of(to_frame(rows), "relearn_ratio")["note"] == row["note"]
 
 
 def test_missing_in_one_seed_is_told():

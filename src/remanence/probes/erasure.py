@@ -21,6 +21,9 @@ from remanence.probes.accuracy import right
 from remanence.task import Data, Task
 
 
+_UNNAMED = "the learner does not name these classes: all scores are -inf and tell nothing apart"
+
+
 class Relearning(Probe):
     """Teach the forgotten task again, to a copy and to a learner that never learned anything, and watch both.
 
@@ -90,7 +93,8 @@ class Membership(Probe):
             if bool(torch.isnan(members).any() or torch.isnan(others).any()):
                 yield Reading(task.name, "membership_auc", None, "1", reader, note="a score is NaN")
                 continue
-            yield Reading(task.name, "membership_auc", separability(members, others), "1", reader)
+            note = "" if torch.isfinite(torch.cat([members, others])).any() else _UNNAMED
+            yield Reading(task.name, "membership_auc", separability(members, others), "1", reader, note=note)
 
 
 def separability(members: Tensor, others: Tensor) -> float:

@@ -114,14 +114,15 @@ def _one_event(pool: _Pool, ends: pd.DataFrame, event: int, subjects: list[str],
 def _relearning(pool: _Pool, rows: pd.DataFrame, subject: str, old: float) -> None:
     """Examples until 90 % of the old accuracy is back; nothing to wait for where the old accuracy (NaN) did not exceed chance."""
     names = {"relearn_examples": "relearn_accuracy", "fresh_examples": "fresh_accuracy"}
-    n_examples = {}
+    n_examples, why = {}, ""
     for metric, curve in names.items():
         points = rows[(rows["metric"] == curve) & (rows["subject"] == subject) & rows["value"].notna()].sort_values("at")
         n_examples[metric], reason = _examples_until(points, RELEARNED * old)
         pool.add(metric, n_examples[metric], reason)
+        why = why or reason
     relearn, fresh = n_examples.values()
     ratio = relearn / fresh if fresh > 0 else np.nan
-    pool.add("relearn_ratio", ratio, "one of the two did not come to 90 % of the old accuracy, or began there")
+    pool.add("relearn_ratio", ratio, why or "a fresh learner began at 90 % of the old accuracy")
 
 
 def _examples_until(points: pd.DataFrame, level: float) -> tuple[float, str]:

@@ -63,6 +63,7 @@ def render(frame: pd.DataFrame, manifest: dict[str, Any]) -> str:
     template = environment.get_template("report.html.j2")
     return template.render(
         manifest=manifest,
+        about=manifest.get("recipe", {}).get("about", "Where should new knowledge live? One run, five verbs."),
         facts=_facts(manifest, frame),
         verbs=[(verb, sum(column.verb == verb for column in COLUMNS)) for verb in VERBS],
         columns=COLUMNS,
