@@ -20,7 +20,6 @@ from remanence.probe import Probe, Reading, View
 from remanence.probes.accuracy import right
 from remanence.task import Data, Task
 
-
 _UNNAMED = "the learner does not name these classes: all scores are -inf and tell nothing apart"
 
 

@@ -94,7 +94,7 @@ def _sections(rows: list[TableRow], shown: list[Panel], pictures: dict[str, Any]
     plan: dict[str, list[tuple[str, Any]]] = {
         "matrix": [(panel.label, figures.matrix_figure(panel)) for panel in shown],
         "retention": [(panel.label, figures.retention_figure(panel)) for panel in shown if panel.curves],
-        "cost": [("", figures.cost_figure(rows, chance[0] if len(chance) == 1 else np.nan))],
+        "cost": [("", figures.cost_figure(rows, chance[0] if chance and max(chance) - min(chance) < 0.005 else np.nan))],
         "erasure": [("", figures.erasure_figure(rows))],
         "relearning": [(panel.label, figures.relearning_figure(panel)) for panel in shown],
     }
