@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from remanence.artifact import Artifact, materialise, refuse_overlap
-from remanence.errors import RecipeError, SettingError, StateMismatchError
+from remanence.errors import RecipeError, RemanenceError, SettingError, StateMismatchError
 from remanence.learner import Learner, Progress
 from remanence.probe import Probe
 from remanence.recipe import Recipe, build
@@ -142,7 +142,10 @@ def check(recipe: Recipe) -> None:
             for stream in streams.values():
                 refuse_overlap(artifact.seen(), artifact_name, stream)
         for stream_name, learner_name in recipe.grid():
-            require_pair(streams[stream_name], builder.learner(learner_name, recipe.seeds[0]))
+            try:
+                require_pair(streams[stream_name], builder.learner(learner_name, recipe.seeds[0]))
+            except RemanenceError as error:
+                raise recipe.fail(("learners", learner_name), f"on stream '{stream_name}': {error}") from error
     cells_of(recipe)
 
 

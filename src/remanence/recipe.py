@@ -156,11 +156,11 @@ def find(path: str) -> Callable[..., Any]:
         raise
     except ImportError as error:
         raise RecipeError(f"cannot import '{module_name}' for '{path}': {error}. Is the file in the working directory?") from error
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     if not callable(found):
         public = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
         raise RecipeError(f"'{module_name}' has no '{name}'.{nearest(name, public)}")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def _lines(node: yaml.Node | None, where: Where) -> Iterator[tuple[Where, int]]:
@@ -277,7 +277,7 @@ def _typed(target: Callable[..., Any], name: str, value: Any) -> Any:
     """A YAML value as the type that the parameter is annotated with: 1e-3 becomes a float, a list a tuple."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    annotation = get_type_hints(target.__init__ if inspect.isclass(target) else target).get(name)  # type: ignore[misc]
+    annotation = get_type_hints(target.__init__ if inspect.isclass(target) else target).get(name)
     if annotation is None:
         return value
     parser = ArgumentParser(exit_on_error=False)

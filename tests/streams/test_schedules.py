@@ -188,7 +188,7 @@ def test_a_part_of_a_joint_stream_and_a_task_of_an_online_one_can_be_forgotten()
         ([], "name at least one subject, each once. Subjects: 0 = 'class c"),
         ([1, 1], "each once"),
         ([4], "there is no subject 4 in .* Subjects: 0 = 'class c"),
-        ([-1], "there is no subject -1"),
+        ([-5], "there is no subject -5"),
         (["clas c5"], "Did you mean 'class c5'"),
     ],
 )

@@ -188,7 +188,7 @@ def learn_then_forget(stream: Stream, forget: list[int] | list[str]) -> CutStrea
 
     Args:
         stream: sequential. Of a joint stream the parts can be forgotten, of an online one the underlying tasks.
-        forget: subjects of the stream, by position or by name, in the order in which they are to be forgotten.
+        forget: subjects of the stream, by position (-1 is the latest) or by name, in the order in which they are to be forgotten.
 
     Raises:
         SettingError: nothing to forget, an unknown subject, one twice, or a stream of independent tasks.
@@ -233,7 +233,7 @@ class _LearnThenForget(CutStream):
 def _subject(stream: Stream, wanted: int | str) -> Task:
     by_name = {task.name: task for task in stream.subjects}
     if isinstance(wanted, int):
-        if not 0 <= wanted < len(by_name):
+        if not -len(by_name) <= wanted < len(by_name):
             raise SettingError(f"forget: there is no subject {wanted} in '{stream.name}'.{_known(stream)}")
         return stream.subjects[wanted]
     if wanted not in by_name:

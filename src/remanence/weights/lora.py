@@ -175,11 +175,9 @@ class LoRA(Learner):
         self._active = task
 
     def _remove(self, task: str) -> None:
-        self._vit.delete_adapter(_key(task))
         del self.heads[task]
-        self._active = next(iter(self.heads), None)
-        if self._active is not None:
-            self._vit.set_adapter(_key(self._active))
+        self._activate(next(iter(self.heads), None))
+        self._vit.delete_adapter(_key(task))
 
     def _activate(self, task: str | None) -> None:
         """Let the features pass through a task's adapter, or through none."""
