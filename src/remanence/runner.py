@@ -72,7 +72,7 @@ class CellRunner:
     seed: int = 0
     checkpoint_seconds: float = 5.0
     on_event: Callable[[int, int], None] = lambda done, total: None
-    _losses: list[tuple[int, Tensor]] = field(default_factory=list, init=False)
+    _losses: list[tuple[int, Tensor | float]] = field(default_factory=list, init=False)
     _saved_at: float = field(default=0.0, init=False)
 
     def run(self) -> Ledger:
@@ -179,7 +179,7 @@ class CellRunner:
     def _hold(self, progress: Progress, where: Where, tally: Tally) -> None:
         """Keep the loss unread; a device is waited for once in many steps only."""
         if progress.loss is not None:
-            self._losses.append((progress.step, torch.as_tensor(progress.loss)))
+            self._losses.append((progress.step, progress.loss))
             if len(self._losses) >= _LOSSES_HELD:
                 self._check_finite(where, tally)
 
@@ -191,7 +191,7 @@ class CellRunner:
         """
         if not self._losses:
             return
-        losses = torch.stack([loss.float() for _, loss in self._losses])
+        losses = torch.stack([torch.as_tensor(loss).float() for _, loss in self._losses])
         steps, self._losses = [step for step, _ in self._losses], []
         if bool(losses.isfinite().all()):
             tally.loss = float(losses[-1])

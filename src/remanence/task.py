@@ -109,16 +109,10 @@ class Data:
         if n == 0:
             raise DataError("an empty table has no batches; check len(data) before drawing from it.")
         size = min(size, n)
-        first = step * size
-        if self.one_pass and first >= n:
+        epoch, offset = divmod(step * size, n)
+        if self.one_pass and epoch:
             raise SettingError(f"step {step} of {size} rows begins a second pass over {n} rows that may be seen once; set epochs: 1.")
-        position, parts = first, []
-        while position < first + size and not (self.one_pass and position >= n):
-            epoch, offset = divmod(position, n)
-            order = torch.arange(n) if self.ordered else _order(n, epoch, key)
-            parts.append(order[offset : offset + first + size - position])
-            position += len(parts[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _batches(n, epoch, size, self.ordered, self.one_pass, key)[offset // size]
 
     def select(self, rows: Tensor) -> "Data":
         """The table of these rows, in this order; `rows` is an index or a mask over N."""
@@ -126,8 +120,19 @@ class Data:
 
 
 @lru_cache(maxsize=16)
-def _order(n: int, epoch: int, key: tuple[Key, ...]) -> Tensor:
-    return torch.randperm(n, generator=generator(*key, "epoch", epoch))
+def _batches(n: int, epoch: int, size: int, ordered: bool, one_pass: bool, key: tuple[Key, ...]) -> tuple[Tensor, ...]:
+    """The batches that begin in a pass; cut once a pass, because a step's Python runs on cold caches and is dear."""
+    first = -epoch * n % size
+    order = _order(n, epoch, ordered, key)[first:]
+    missing = -len(order) % size
+    if missing and not one_pass:
+        order = torch.cat([order, _order(n, epoch + 1, ordered, key)[:missing]])
+    return torch.split(order, size)
+
+
+@lru_cache(maxsize=16)
+def _order(n: int, epoch: int, ordered: bool, key: tuple[Key, ...]) -> Tensor:
+    return torch.arange(n) if ordered else torch.randperm(n, generator=generator(*key, "epoch", epoch))
 
 
 def concatenate(tables: Iterable[Data]) -> Data:

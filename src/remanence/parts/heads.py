@@ -29,6 +29,11 @@ class ClassHead(nn.Module):
         self.classes: list[int] = []
         self.weight = nn.Parameter(torch.empty(0, width))
         self.bias = nn.Parameter(torch.empty(0))
+        # labels in ascending order and the columns they stand in: made when rows change, read at every step
+        self.register_buffer("_sorted", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("_column", torch.empty(0, dtype=torch.int64), persistent=False)
+        self._sorted: Tensor
+        self._column: Tensor
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C) logits."""
@@ -43,8 +48,8 @@ class ClassHead(nn.Module):
         self._replace(
             torch.cat([self.weight.detach(), torch.stack(rows).to(self.weight)]),
             torch.cat([self.bias.detach(), self.bias.new_zeros(len(new))]),
+            [*self.classes, *new],
         )
-        self.classes += new
 
     def drop(self, classes: Iterable[int]) -> Tensor:
         """Remove rows; returns the indices of those that stay."""
@@ -52,13 +57,12 @@ class ClassHead(nn.Module):
         kept = torch.tensor(
             [row for row, label in enumerate(self.classes) if label not in gone], dtype=torch.int64, device=self.weight.device
         )
-        self._replace(self.weight.detach()[kept], self.bias.detach()[kept])
-        self.classes = [label for label in self.classes if label not in gone]
+        self._replace(self.weight.detach()[kept], self.bias.detach()[kept], [label for label in self.classes if label not in gone])
         return kept
 
     def columns(self, targets: Tensor) -> Tensor:
         """(B,) source labels -> (B,) column numbers; every label must be held."""
-        return (targets[:, None] == self.labels(targets.device)[None, :]).int().argmax(1)
+        return self._column[torch.searchsorted(self._sorted, targets)]
 
     def labels(self, device: torch.device | str = "cpu") -> Tensor:
         """(C,) source labels of the columns."""
@@ -69,11 +73,11 @@ class ClassHead(nn.Module):
 
     def load(self, state: State) -> None:
         """Become what `state()` described; copies."""
-        self.classes = list(state["classes"])
-        self._replace(state["weight"].to(self.weight).clone(), state["bias"].to(self.bias).clone())
+        self._replace(state["weight"].to(self.weight).clone(), state["bias"].to(self.bias).clone(), list(state["classes"]))
 
-    def _replace(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+    def _replace(self, weight: Tensor, bias: Tensor, classes: list[int]) -> None:
+        self.weight, self.bias, self.classes = nn.Parameter(weight), nn.Parameter(bias), classes
+        self._sorted, self._column = self.labels(weight.device).sort()
 
 
 class PrototypeHead:
