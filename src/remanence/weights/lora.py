@@ -170,6 +170,8 @@ class LoRA(Learner):
             # peft warns at the second adapter, which is what this learner is for
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self._vit.add_adapter(config, adapter_name=_key(task))
+        # add_adapter chooses the new one, but does not undo an earlier disable_adapters
+        self._vit.enable_adapters()
         self._vit.to(self.device)
         self.heads[task] = ClassHead(self.host.width, self.seed).to(self.device)
         self._active = task
