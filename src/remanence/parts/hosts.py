@@ -59,6 +59,8 @@ class VisionHost(nn.Module):
         Returns:
             (B, D).
         """
+        if not len(pixels):  # transformers cannot reshape an empty batch
+            return pixels.new_empty(0, self.width)
         hidden: Tensor = self.vit(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         return hidden[:, 0]
 
@@ -88,6 +90,8 @@ class VisionHost(nn.Module):
     def load(cls, source: "str | Path | VisionHost | nn.Module") -> "VisionHost":
         """A host of one's own, from a folder that `save_pretrained` wrote or from a model in memory.
 
+        It is in evaluation mode whatever the source's: dropout would make `predict` random and Fisher estimates impossible.
+
         Args:
             source: folder of a ViTModel or ViTForImageClassification (read once per process), a ViTModel, or a host.
 
@@ -95,9 +99,9 @@ class VisionHost(nn.Module):
             SettingError: the folder is absent or holds no ViT.
         """
         if isinstance(source, VisionHost):
-            return copy.deepcopy(source)
+            return copy.deepcopy(source).eval()
         if isinstance(source, nn.Module):
-            return cls(copy.deepcopy(source))
+            return cls(copy.deepcopy(source)).eval()
         return copy.deepcopy(_read(Path(source).expanduser().resolve()))
 
 
