@@ -107,7 +107,7 @@ class EWC(GradientLearner):
             return diagonal_fisher(log_probabilities, self._parameters(), data.inputs.to(self.device), draws)
 
     def _drop(self, task: Task, data: Data) -> None:
-        if self.fisher:
+        if self.fisher and len(data):
             names = self.book.names()
             age = len(names) - 1 - names.index(task.name) if task.name in names else 0
             gone = self._fisher_of(task, data)
