@@ -47,7 +47,11 @@ def run_verb(
     """
     verb, task, n_steps = job
     if cursor.begin(verb, task) == 0:
-        begin()
+        try:
+            begin()
+        except Exception:
+            cursor.close()  # a refusal leaves no trace in the state
+            raise
     while cursor.step < n_steps:
         loss, n_examples = step(cursor.step)
         cursor.step += 1
@@ -212,8 +216,8 @@ class GradientLearner(Learner, ABC):
         batch = self.batch(task, data, step)
         kept = columns_of(self.head.classes, self._classes_without(task)) or list(range(len(self.head.classes)))
         loss = -self.head(self._features(batch.inputs))[:, kept].log_softmax(-1).mean()
-        other = self._retained(step) if retain is None else self.batch(task, retain, step)
-        if other is None or not len(other.inputs):
+        other = self.batch(task, retain, step) if retain else self._retained(step)
+        if other is None:
             return loss, len(batch.inputs)
         logits = self.head(self._features(other.inputs))
         return loss + F.cross_entropy(logits, self.head.columns(other.targets)), len(batch.inputs) + len(other.inputs)
