@@ -16,8 +16,9 @@ import torch
 from remanence.errors import DataError
 from remanence.keys import generator
 from remanence.learner import Learner
+from remanence.state import copy_state
 from remanence.task import Data, Task
-from remanence.testing._bench import Bench, global_rng, set_global_rng, state_difference
+from remanence.testing._bench import Bench, demand_same, global_rng, set_global_rng, state_difference, tables
 from remanence.testing._rules import RULES
 
 __all__ = ["check_learner", "state_difference", "tiny_tasks"]
@@ -50,8 +51,11 @@ def check_learner(make_learner: Callable[[int], Learner], tasks: Sequence[Task] 
     before = global_rng()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(make_learner, chosen[0], chosen[1], Path(scratch) / "state.safetensors", bool(exact_forget))
+        tensors = [*tables(bench.first), *tables(bench.second)]
+        copies = copy_state(tensors)
         for rule in RULES:
             _try_rule(rule, bench)
+            demand_same(copies, tensors, "broken rule: the tasks' tensors stay as they are. Something wrote into them")
     set_global_rng(before)
 
 

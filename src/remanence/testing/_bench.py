@@ -129,6 +129,11 @@ def set_global_rng(state: dict[str, Any]) -> None:
     random.setstate(state["random"])
 
 
+def stir_global_rng() -> None:
+    """Bring every global generator to a state that it did not have before."""
+    torch.rand(1), random.random(), np.random.random()  # noqa: NPY002 - the global ones are meant
+
+
 def demand_rng(before: dict[str, Any], where: str) -> None:
     now = global_rng()
     for name, same in (
