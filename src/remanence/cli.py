@@ -144,7 +144,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from remanence.report.listing import listing
+    from remanence.listing import listing
 
     _console().print(listing())
     return 0

@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from remanence.errors import DataError, NotDeterministic
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _VALUE_COLUMNS = ("value", "unit", "exact", "note")
 
@@ -121,12 +122,12 @@ class Ledger:
             self._rows |= new
         return len(new)
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """All rows as a tidy table in the order in which they were written."""
         return to_frame(self)
 
     @staticmethod
-    def open(run: Path) -> pd.DataFrame:
+    def open(run: Path) -> "pd.DataFrame":
         """The rows of all cells of a run folder, in recipe order.
 
         Raises:
@@ -140,8 +141,10 @@ class Ledger:
         return to_frame(row for cell in cells for row in Ledger(run / "cells" / cell / "ledger.jsonl"))
 
 
-def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
+def to_frame(rows: Iterable[Row]) -> "pd.DataFrame":
     """Rows as a table with the ledger's columns; missing steps, positions and values become NA or NaN."""
+    import pandas as pd
+
     frame = pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS))
     return frame.astype({"step": "Int64", "at": "Int64", "value": "float64", "seed": "int64", "event": "int64", "exact": "bool"})
 
