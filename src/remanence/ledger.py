@@ -3,7 +3,7 @@
 A row's key is all of its columns but value, unit, exact and note. Appending is idempotent by key: a known key is
 skipped, and a known key with another exact value raises `NotDeterministic`. A cell that died between its ledger and
 its checkpoint therefore simply measures again. The file is JSON lines, synced to disk before the checkpoint is written;
-a last line torn by a crash is dropped on open, nothing else is.
+a last line torn by a crash is ignored on open and cut off at the next append, nothing else is.
 """
 
 import json
@@ -78,11 +78,12 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._rows: dict[tuple[Any, ...], Row] = {}
-        if self.path.exists():
-            _drop_torn_line(self.path)
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
-                row = _parse(line, self.path, number)
-                self._rows[row.key] = row
+        content = self.path.read_bytes() if self.path.exists() else b""
+        self._whole = content.rfind(b"\n") + 1
+        self._is_torn = self._whole < len(content)
+        for number, line in enumerate(content[: self._whole].splitlines(), 1):
+            row = _parse(line, self.path, number)
+            self._rows[row.key] = row
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,12 +116,19 @@ class Ledger:
                 )
         if new:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(asdict(row)) + "\n" for row in new.values()))
                 file.flush()
                 os.fsync(file.fileno())
             self._rows |= new
         return len(new)
+
+    def _cut_torn_line(self) -> None:
+        # not on open: a reader beside a running cell would cut a line that is being written
+        if self._is_torn:
+            os.truncate(self.path, self._whole)
+            self._is_torn = False
 
     def frame(self) -> "pd.DataFrame":
         """All rows as a tidy table in the order in which they were written."""
@@ -149,17 +157,8 @@ def to_frame(rows: Iterable[Row]) -> "pd.DataFrame":
     return frame.astype({"step": "Int64", "at": "Int64", "value": "float64", "seed": "int64", "event": "int64", "exact": "bool"})
 
 
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())
-
-
-def _parse(line: str, path: Path, number: int) -> Row:
+def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         return Row(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}, line {number} is not a ledger row ({error}). Restore the file, or delete the cell's folder.") from error
