@@ -84,13 +84,17 @@ def states_equal(first: Any, second: Any) -> bool:
             and isinstance(second, Tensor)
             and first.dtype == second.dtype
             and first.shape == second.shape
-            and torch.equal(torch.nan_to_num(first.cpu()), torch.nan_to_num(second.cpu()))
+            and _same_numbers(first.cpu(), second.cpu())
         )
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(states_equal(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(states_equal, first, second))
-    return bool(first == second)
+    return bool(first == second or (first != first and second != second))
+
+
+def _same_numbers(first: Tensor, second: Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 def all_finite(value: Any) -> bool:
@@ -136,6 +140,8 @@ def load_state(path: Path) -> State:
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while path in tensors:  # {"a/b": ...} beside {"a": {"b": ...}}
+            path += "/"
         # safetensors refuses shared and non-contiguous memory
         tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: path}
