@@ -112,7 +112,8 @@ class Data:
         epoch, offset = divmod(step * size, n)
         if self.one_pass and epoch:
             raise SettingError(f"step {step} of {size} rows begins a second pass over {n} rows that may be seen once; set epochs: 1.")
-        return _batches(n, epoch, size, self.ordered, self.one_pass, key)[offset // size]
+        # cloned: the caller may write into it, the cache may not change
+        return _batches(n, epoch, size, self.ordered, self.one_pass, key)[offset // size].clone()
 
     def select(self, rows: Tensor) -> "Data":
         """The table of these rows, in this order; `rows` is an index or a mask over N."""
