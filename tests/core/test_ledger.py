@@ -125,7 +125,7 @@ def test_rows_are_on_disk_before_append_returns(path, monkeypatch):
 def test_names_with_odd_characters_survive(path):
     row = replace(BASE, task="a\u2028b\nc\x0b\x1c é", note='"')
     fresh(path).append([row, replace(row, event=1)])
-    assert list(Ledger(path))[0] == row
+    assert next(iter(Ledger(path))) == row
 
 
 def test_the_table_has_every_column_in_order(path, tmp_path):
