@@ -137,13 +137,13 @@ class Learner(ABC):
         return [self.predict(batch, task) for batch, task in zip(inputs, tasks, strict=True)]
 
     def score(self, inputs: Tensor, targets: Tensor, task: str | None = None, reader: str = "") -> Tensor:
-        """(B,) log-probability of each target; -inf for a class that the learner does not know."""
+        """(B,) log-probability of each target, summed over a sequence's tokens; -inf for what the learner does not know."""
         prediction = self.predict(inputs, task, reader)
         if len(prediction.classes) == 0:
             return torch.full((len(inputs),), -torch.inf)
         log_probability = prediction.logits.float().log_softmax(-1)
-        hit = prediction.classes[None, :] == targets.to(prediction.classes.device)[:, None]
-        return torch.where(hit, log_probability, -torch.inf).amax(-1)
+        hit = prediction.classes == targets.to(prediction.classes.device)[..., None]
+        return torch.where(hit, log_probability, -torch.inf).amax(-1).reshape(len(inputs), -1).sum(-1)
 
     def forget(self, task: Task, retain: Data | None = None) -> Steps:
         """Take a learned task out again.
