@@ -21,7 +21,7 @@ from torch import Tensor
 from remanence.errors import DataError
 from remanence.learner import Progress
 from remanence.state import write_whole
-from remanence.task import Data, Stream, origins
+from remanence.task import Data, Stream, origins, source_bits
 
 
 class TrainingSource(Protocol):
@@ -122,3 +122,21 @@ def refuse_overlap(saw: Tensor, name: str, stream: Stream, n_events: int = 64) -
                 f"{n_seen} of {len(task.test)} test examples of '{task.name}' (stream '{stream.name}') are in the training data of "
                 f"artifact '{name}'. Pretrain on another part of the source."
             )
+
+
+def shared_knowledge(artifact: Artifact, name: str, stream: Stream) -> str:
+    """A sentence on what an artifact already knows of a stream's tasks; empty when nothing.
+
+    Training examples and, within one source, classes may overlap, but a reader of the figures must know of it.
+    """
+    trains = [task.train for task in stream.subjects if task.train is not None and len(task.train)]
+    if not trains:
+        return ""
+    saw, ids = artifact.seen(), torch.cat([train.ids for train in trains])
+    n_examples = int(torch.isin(origins(ids), origins(saw)).sum())
+    is_one_source = bool(torch.isin(source_bits(ids), source_bits(saw)).any())
+    taught = {label for train in trains for label in torch.unique(train.targets).tolist()}
+    classes = sorted(taught & set(artifact.header().get("classes", ()))) if is_one_source else []
+    if not n_examples and not classes:
+        return ""
+    return f"artifact '{name}' already saw {n_examples} training examples and {len(classes)} classes of stream '{stream.name}'."

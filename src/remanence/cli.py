@@ -90,24 +90,26 @@ def _run(arguments: argparse.Namespace) -> int:
     cells = grid.cells_of(recipe)
     stated = f", stated to take {recipe.tree['minutes']} minutes on two cores" if recipe.is_stated and "minutes" in recipe.tree else ""
     console.print(f"{recipe.name}: {len(cells)} cells ({len(recipe.grid())} pairs x {len(recipe.seeds)} seeds){stated}")
-    grid.check(recipe)
+    notes = grid.check(recipe)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
     if arguments.dry_run:
         console.print(f"the recipe is sound; it would run into {folder}")
         return 0
     start = time.monotonic()
-    _work(recipe, folder, arguments.jobs, console)
+    _work(recipe, folder, arguments.jobs, console, notes)
     console.print(f"done in {time.monotonic() - start:.0f} s\n")
     return _conclude(recipe, folder, console)
 
 
-def _work(recipe: "Recipe", folder: Path, jobs: int, console: "Console") -> None:
+def _work(recipe: "Recipe", folder: Path, jobs: int, console: "Console", notes: list[str]) -> None:
     """Artifacts, then cells; a bar on a terminal, a line per finished piece elsewhere."""
     from remanence import grid
     from remanence.progress import WorkProgress
 
     command = shlex.join(["remanence", *sys.argv[1:]])
     with WorkProgress(console) as progress:
-        folders = grid.prepare(recipe, folder, command, progress.artifact)
+        folders = grid.prepare(recipe, folder, command, progress.artifact, notes)
         cells = grid.cells_of(recipe)
         progress.begin_cells(len(cells))
         grid.run_cells(recipe, folders, folder, jobs, progress.cell)

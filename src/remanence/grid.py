@@ -6,21 +6,19 @@ checkpoint and a lock. The same recipe gives the same folder, so that the same c
 
 import json
 import os
-import platform
 import re
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from remanence.artifact import Artifact, materialise, refuse_overlap
+from remanence.artifact import Artifact, materialise, refuse_overlap, shared_knowledge
+from remanence.environment import environment
 from remanence.errors import RecipeError, RemanenceError, SettingError, StateMismatchError
 from remanence.learner import Learner, Progress
 from remanence.probe import Probe
@@ -28,8 +26,6 @@ from remanence.recipe import Recipe, build
 from remanence.runner import CellRunner, is_finished, require_pair
 from remanence.state import write_whole
 from remanence.task import Stream
-
-_PACKAGES = ("remanence", "torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,11 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     return cells
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> list[str]:
     """Build everything once with untrained stand-ins for the artifacts, and refuse what cannot work.
+
+    Returns:
+        What a reader of the figures must know: which artifacts already saw training examples or classes of a stream.
 
     Raises:
         RemanenceError: a setting is out of range, a pair is impossible, an artifact saw a stream's test data.
@@ -141,55 +140,67 @@ def check(recipe: Recipe) -> None:
         for artifact_name, artifact in artifacts.items():
             for stream in streams.values():
                 refuse_overlap(artifact.seen(), artifact_name, stream)
+        used = [streams[name] for name in dict.fromkeys(name for name, _ in recipe.grid())]
+        known = [shared_knowledge(artifact, name, stream) for name, artifact in artifacts.items() for stream in used]
         for stream_name, learner_name in recipe.grid():
             try:
                 require_pair(streams[stream_name], builder.learner(learner_name, recipe.seeds[0]))
             except RemanenceError as error:
                 raise recipe.fail(("learners", learner_name), f"on stream '{stream_name}': {error}") from error
     cells_of(recipe)
+    return [sentence for sentence in known if sentence]
 
 
 def prepare(
-    recipe: Recipe, run: Path, command: str = "", on_artifact: Callable[[str, Progress], None] = lambda name, progress: None
+    recipe: Recipe,
+    run: Path,
+    command: str = "",
+    on_artifact: Callable[[str, Progress], None] = lambda name, progress: None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Build the artifacts and write run.json; returns the artifacts' folders.
+
+    Args:
+        run: the run folder; made when absent.
+        command: what the user typed.
+        on_artifact: told the name and each step of an artifact that is built.
+        notes: what `check` found that a reader must know.
 
     Raises:
         StateMismatchError: the run folder belongs to another recipe or other data.
     """
     builder = Builder(recipe, {})
-    folders = {}
-    with one_thread():
-        for name in recipe.tree.get("artifacts") or {}:
-            folders[name] = materialise(builder.artifact(name), lambda progress, name=name: on_artifact(name, progress))  # type: ignore[misc]
-    data = {
-        name: builder.source(name).fingerprint()
-        for name in recipe.tree.get("sources") or {}
-        if hasattr(builder.source(name), "fingerprint")
-    }
+    sources = {name: builder.source(name) for name in recipe.tree.get("sources") or {}}
+    data = {name: source.fingerprint() for name, source in sources.items() if hasattr(source, "fingerprint")}
+    artifacts = {name: builder.artifact(name) for name in recipe.tree.get("artifacts") or {}}
+    identity = {"run": recipe.run, "data": data, "artifacts": {name: made.fingerprint() for name, made in artifacts.items()}}
     manifest = {
         "name": recipe.name,
-        "run": recipe.run,
+        **identity,
         "command": command,
         "seeds": recipe.seeds,
-        "data": data,
-        "artifacts": {name: folder.name for name, folder in folders.items()},
         "cells": [cell.folder for cell in cells_of(recipe)],
         "environment": environment(),
+        "notes": list(notes),
         "recipe": recipe.tree,
     }
-    path = run / "run.json"
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("run", "data", "artifacts"):
-            if known[key] != manifest[key]:
-                raise StateMismatchError(
-                    f"{run} was begun with another {'recipe' if key == 'run' else key} ({known[key]}, now {manifest[key]}). "
-                    f"Give another --out, or delete the folder to begin again."
-                )
-    else:
-        write_whole(path, json.dumps(manifest, indent=1))
+    if (run / "run.json").exists():
+        _require_same(run, identity)
+    with one_thread():
+        folders = {name: materialise(made, partial(on_artifact, name)) for name, made in artifacts.items()}
+    if not (run / "run.json").exists():
+        write_whole(run / "run.json", json.dumps(manifest, indent=1))
     return folders
+
+
+def _require_same(run: Path, identity: dict[str, Any]) -> None:
+    known = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    for key, value in identity.items():
+        if known[key] != value:
+            raise StateMismatchError(
+                f"{run} was begun with another {'recipe' if key == 'run' else key} ({known[key]}, now {value}). "
+                f"Give another --out, or delete the folder to begin again."
+            )
 
 
 def run_cells(
@@ -209,7 +220,7 @@ def run_cells(
     if jobs == 1 or len(cells) == 1:
         with one_thread():
             for cell in cells:
-                _run_cell(recipe, folders, run, cell, lambda done, total, cell=cell: on_event(cell, done, total))  # type: ignore[misc]
+                _run_cell(recipe, folders, run, cell, partial(on_event, cell))
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
@@ -242,26 +253,6 @@ def _run_cell(
 def _builder(tree: str, path: Path, folders: tuple[tuple[str, Path], ...]) -> Builder:
     """One builder per process and recipe, so that a worker reads each source once."""
     return Builder(Recipe(path.stem, json.loads(tree), path), dict(folders))
-
-
-def environment() -> dict[str, Any]:
-    """What a reader of the figures must know about the machine and the versions."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "commit": commit or "unknown",
-        **{name: version(name) for name in _PACKAGES},
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class CellRunner:
 
         Raises:
             CellBusy: another process runs this cell.
-            NonFiniteLoss: the loss became NaN or infinite; the checkpoint still holds the last good state.
+            NonFiniteLoss: the loss, or at the end the state, became NaN or infinite; the checkpoint holds the last good state.
             NotDeterministic: a repeated measurement differs from the ledger's.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,9 @@ class CellRunner:
             if first < len(self.stream) or tally.step:
                 self.learner.load_state_dict(saved["learner"])
         else:
-            self._probe((-1, "", ()), None)
+            # independent tasks have no list of subjects: what the first ones get unlearned is the baseline
+            first_tasks = next(self._groups(0), (0, ()))[1] if self.stream.mode == "independent" else ()
+            self._probe((-1, "", first_tasks), None)
         for index, tasks in self._groups(first):
             self._run_event(index, tasks, tally)
             tally = Tally()
@@ -215,7 +217,7 @@ class CellRunner:
     def _write(self, readings: Iterable[Reading], probe: str, where: Where, step: int | None) -> None:
         index, verb, tasks = where
         run, stream, learner = self.names
-        task = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} ... {tasks[-1].name}" if tasks else ""
+        task = "" if index < 0 else tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} ... {tasks[-1].name}"
         place: dict[str, Any] = {"run": run, "stream": stream, "learner": learner, "store": self.learner.store, "seed": self.seed}
         place |= {"event": index, "verb": verb, "task": task, "step": step, "probe": probe}
         self.ledger.append(Row(**place, **vars(reading)) for reading in readings)
@@ -231,6 +233,11 @@ class CellRunner:
         # a step whose loss was finite may still have broken the weights; such a state never replaces a good one
         if all_finite(state):
             save_state(self.folder / CHECKPOINT, state)
+        elif force:
+            raise NonFiniteLoss(
+                f"the learner's state holds NaN or infinity after the last event, although no loss did; the last good state is kept in "
+                f"{self.folder / CHECKPOINT}. Lower the learning rate."
+            )
         self._saved_at = time.monotonic()
 
 

@@ -44,6 +44,11 @@ def origins(ids: Tensor) -> Tensor:
     return ids & ~(((1 << _VARIANT_BITS) - 1) << _ROW_BITS)
 
 
+def source_bits(ids: Tensor) -> Tensor:
+    """The part of ids that names their source."""
+    return ids >> (_VARIANT_BITS + _ROW_BITS)
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """A table of examples in memory.

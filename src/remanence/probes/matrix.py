@@ -115,10 +115,10 @@ def is_independent(frame: pd.DataFrame) -> bool:
     return len(set(measured.values())) > 1 and all(names <= set(taught[int(str(event))]) for event, names in measured.items())
 
 
-def accuracy_when_learned(frame: pd.DataFrame, reader: str | None = None) -> dict[str, float]:
-    """Subject -> accuracy after the last event that taught it; what there is of it, also for independent tasks."""
+def accuracy_when_learned(frame: pd.DataFrame, reader: str | None = None, metric: str = "accuracy") -> dict[str, float]:
+    """Subject -> accuracy (or chance) after the last event that taught it; what there is of it, also for independent tasks."""
     ends = event_ends(frame)
-    rows = ends[(ends["probe"] == "accuracy") & (ends["metric"] == "accuracy")]
+    rows = ends[(ends["probe"] == "accuracy") & (ends["metric"] == metric)]
     rows = rows[rows["reader"] == (readers(frame)[0] if reader is None else reader)]
     values = rows.set_index(["event", "subject"])["value"].to_dict()
     last = {name: event for event, names in taught_subjects(ends).items() for name in names}

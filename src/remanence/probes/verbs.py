@@ -202,18 +202,25 @@ def _learned_alone(frame: pd.DataFrame) -> dict[tuple[str, int], dict[str, float
 
 def _references(frame: pd.DataFrame, columns: "pd.Index[str]") -> pd.DataFrame:
     """Rows "chance" and "never learned": one value per stream and seed, the mean over the learners."""
-    found: dict[tuple[str, str, int], list[float]] = {}
+    found: dict[tuple[str, str, int, str], list[float]] = {}
     for stream, _, seed, cell in cells(frame):
-        for name, value in _reference_values(cell):
-            found.setdefault((stream, name, seed), []).append(value)
+        for name, metric, value in _reference_values(cell):
+            found.setdefault((stream, name, seed, metric), []).append(value)
     rows = [
-        [stream, name, "", "", seed, "keep", "average_accuracy", float(np.mean(values)), "1", ""]
-        for (stream, name, seed), values in found.items()
+        [stream, name, "", "", seed, "learn" if metric in VERBS["learn"] else "keep", metric, float(np.mean(values)), "1", ""]
+        for (stream, name, seed, metric), values in found.items()
     ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _reference_values(cell: pd.DataFrame) -> Iterator[tuple[str, float]]:
+def _reference_values(cell: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
+    """(reference, metric, value): guessing, and the learner before the first event."""
+    when_learned = accuracy_when_learned(cell, metric="chance")
+    before = _before(cell)
+    if when_learned:
+        yield CHANCE, "learning_accuracy", float(np.mean(list(when_learned.values())))
+    if before:
+        yield NEVER_LEARNED, "learning_accuracy", float(np.mean(list(before.values())))
     if is_independent(cell):
         return
     matrix = accuracy_matrix(cell)
@@ -221,9 +228,17 @@ def _reference_values(cell: pd.DataFrame) -> Iterator[tuple[str, float]]:
     known = learned.any(axis=0)
     if not known.any():
         return
-    yield CHANCE, float(matrix.chance[len(values) - 1][known].mean())
+    yield CHANCE, "average_accuracy", float(matrix.chance[len(values) - 1][known].mean())
     if not np.isnan(matrix.before[known]).any():
-        yield NEVER_LEARNED, float(matrix.before[known].mean())
+        yield NEVER_LEARNED, "average_accuracy", float(matrix.before[known].mean())
+
+
+def _before(cell: pd.DataFrame) -> dict[str, float]:
+    """Subject -> accuracy before the first event."""
+    ends = event_ends(cell)
+    rows = ends[(ends["probe"] == "accuracy") & (ends["metric"] == "accuracy") & (ends["event"] == -1)]
+    rows = rows[rows["reader"] == readers(cell)[0]].dropna(subset=["value"])
+    return dict(zip(rows["subject"].astype(str), rows["value"].astype(float), strict=True))
 
 
 def _note(group: pd.DataFrame) -> str:
