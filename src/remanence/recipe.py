@@ -176,6 +176,10 @@ def _lines(node: yaml.Node | None, where: Where) -> Iterator[tuple[Where, int]]:
 
 
 def _override(recipe: Recipe, key: str, value: str) -> None:
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}") from error
     *path, last = key.split(".")
     place: Any = recipe.tree
     for depth, part in enumerate(path):
@@ -187,9 +191,9 @@ def _override(recipe: Recipe, key: str, value: str) -> None:
             known = place if isinstance(place, dict) else map(str, range(len(place))) if isinstance(place, list) else ()
             raise RecipeError(f"--set {key}: {recipe.path} has no '{'.'.join(path[: depth + 1])}'.{nearest(part, known)}")
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = yaml.safe_load(value)
+        place[int(last)] = parsed
     elif isinstance(place, dict):
-        place[last] = yaml.safe_load(value)
+        place[last] = parsed
     else:
         raise RecipeError(f"--set {key}: '{'.'.join(path)}' of {recipe.path} has no keys; it is {place!r}.")
 
@@ -200,7 +204,9 @@ def _check_sections(recipe: Recipe) -> None:
         if key not in known:
             raise recipe.fail((key,), f"unknown key.{nearest(str(key), known)}")
         if not isinstance(value, known[key]):  # type: ignore[arg-type]
-            raise recipe.fail((key,), f"must be a {known[key]}, got {value!r}.")
+            kind = known[key]
+            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
+            raise recipe.fail((key,), f"must be a {' or '.join(names)}, got {value!r}.")
     for key in _REQUIRED:
         if not recipe.tree.get(key):
             raise recipe.fail((), f"the key '{key}' is missing or empty.")
@@ -210,6 +216,10 @@ def _check_sections(recipe: Recipe) -> None:
 
 def _check_names(recipe: Recipe) -> None:
     sections = [recipe.tree.get(section) or {} for section in ("sources", "artifacts", "streams")]
+    for section in ("sources", "artifacts", "streams", "learners"):
+        for name in recipe.tree.get(section) or {}:
+            if not isinstance(name, str):
+                raise recipe.fail((section, str(name)), f"a name must be text, got {name!r}; put it in quotes.")
     names = [name for section in sections for name in section]
     for name in names:
         if names.count(name) > 1:
