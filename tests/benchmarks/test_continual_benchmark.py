@@ -1,0 +1,100 @@
+"""The acceptance benchmark's own parts: its recipe, its re-derived formulas, its gates; and what the ledger quotes."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from remanence.probes import metrics
+from remanence.recipe import read_recipe
+from remanence.streams import digits, split_classes
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return _load("continual_cases")
+
+
+@pytest.fixture(scope="module")
+def benchmark(cases):
+    return _load("continual")
+
+
+def _load(name):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def test_metrics_gate_holds_and_can_fail(cases, monkeypatch):
+    assert cases.check_metrics().passed
+    monkeypatch.setattr(metrics, "forgetting_first", metrics.forgetting_step)
+    assert not cases.check_metrics().passed
+
+
+def test_the_three_forgettings_differ_where_a_task_gains(cases):
+    rows = cases.GAIN.tolist()
+    values = [cases.mammoth_forgetting(rows), cases.avalanche_forgetting(rows), cases.coda_forgetting(rows)]
+    assert values == pytest.approx([0.2, 0.05, -0.025])
+
+
+def test_prototype_gates_hold(cases, tiny_vit, tasks):
+    gates = cases.check_prototypes(tiny_vit, list(tasks), n_orders=2)
+    assert [gate.passed for gate in gates] == [True, True]
+
+
+def test_shuffled_labels_keep_their_counts_and_spare_the_test_rows(cases):
+    source = digits()
+    other = cases.shuffled(source, 3)
+    assert (other.labels[source.is_test] == source.labels[source.is_test]).all()
+    assert np.array_equal(other.labels.sort().values, source.labels.sort().values)
+    assert 0.05 < (other.labels == source.labels)[~source.is_test].double().mean() < 0.15
+
+
+def test_tuning_never_reaches_test_rows(cases):
+    split = split_classes(digits(), valid_share=0.2)
+    tests = {number for event in split for number in event.task.test.ids.tolist()}
+    for event in cases.on_valid(split):
+        assert not tests & set(event.task.test.ids.tolist())
+        assert event.task.valid is None
+
+
+def test_tuning_gives_every_learner_the_same_rates(benchmark):
+    recipe = benchmark.tuning_recipe(read_recipe(FOLDER / "continual.yaml"))
+    rates = {}
+    for name, call in recipe.tree["learners"].items():
+        rates.setdefault(name.split(" lr ")[0], set()).add(call.get("lr"))
+    assert {frozenset(values) for values in rates.values()} == {frozenset(benchmark.RATES), frozenset({None})}
+    assert recipe.seeds[0] not in read_recipe(FOLDER / "continual.yaml").seeds
+
+
+def test_committed_results_passed_every_gate_and_name_no_place():
+    for path in sorted((FOLDER / "results").glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        result = json.loads(text)
+        assert result["command"].startswith("python benchmarks/")
+        assert result["environment"]["commit"] not in ("", "unknown")
+        assert all(gate["passed"] for gate in result.get("gates", []))
+        assert result.get("passed", True)
+        assert not re.search(r'"/(work|tmp|home|root)/', text)
+
+
+def test_the_ledger_quotes_the_result_files():
+    """A figure in the ledger stands in the JSON that its row names, as path=value."""
+    rows = [line for line in (ROOT / "LEDGER.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 7
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")}
+    content = json.dumps(results)
+    figures = [figure for row in rows for figure in re.findall(r"`(-?\d+\.\d+)`", row.split("|")[5])]
+    known = {f"{100 * float(number):.1f}" for number in re.findall(r"-?\d+\.\d+", content)} | set(re.findall(r"-?\d+\.\d{4}", content))
+    assert figures
+    assert not [figure for figure in figures if figure not in known]
