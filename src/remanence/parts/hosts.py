@@ -102,7 +102,7 @@ class VisionHost(nn.Module):
             return copy.deepcopy(source).eval()
         if isinstance(source, nn.Module):
             return cls(copy.deepcopy(source)).eval()
-        return copy.deepcopy(_read(Path(source).expanduser().resolve()))
+        return copy.deepcopy(_read(Path(source).expanduser().resolve())).eval()
 
 
 @lru_cache(maxsize=4)
