@@ -3,7 +3,7 @@
 Axes: B batch, C classes known, D width.
 """
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -114,9 +114,10 @@ class GradientLearner(Learner, ABC):
 
     # --- hooks -------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def _loss(self, task: Task, data: Data, step: int) -> tuple[Tensor, int]:
-        """Loss of a learning step, and how many examples it processed."""
+        """Loss of a learning step, and how many examples it processed; plain cross-entropy unless a subclass adds to it."""
+        batch = self.batch(task, data, step)
+        return self._cross_entropy(self.head(self._features(batch.inputs)), batch.targets, task), len(batch.inputs)
 
     def _features(self, inputs: Tensor) -> Tensor:
         features: Tensor = self.host(inputs)
@@ -242,7 +243,7 @@ class GradientLearner(Learner, ABC):
         self.host.require_fit(inputs, task or "inputs")
         inputs = inputs.to(self.device)
         if task is not None and task == self.host.name and self.host.classes:
-            return Prediction(self._old_logits(inputs), torch.tensor(self.host.classes, device=self.device))
+            return Prediction(self.host.old_logits(inputs), torch.tensor(self.host.classes, device=self.device))
         if not self.head.classes:
             return Prediction(inputs.new_empty(len(inputs), 0), torch.empty(0, dtype=torch.int64, device=self.device))
         logits, labels = self.head(self._features(inputs)), self.head.labels(self.device)
@@ -250,9 +251,6 @@ class GradientLearner(Learner, ABC):
             columns = columns_of(self.head.classes, self.book.classes(task))
             return Prediction(logits[:, columns], labels[columns])
         return Prediction(logits, labels)
-
-    def _old_logits(self, inputs: Tensor) -> Tensor:
-        return self.host.old_logits(inputs)
 
     def footprint(self) -> Footprint:
         return Footprint(

@@ -67,9 +67,8 @@ class EWC(GradientLearner):
         return named | {"head.weight": self.head.weight, "head.bias": self.head.bias}
 
     def _loss(self, task: Task, data: Data, step: int) -> tuple[Tensor, int]:
-        batch = self.batch(task, data, step)
-        loss = self._cross_entropy(self.head(self._features(batch.inputs)), batch.targets, task)
-        return loss + self.penalty(), len(batch.inputs)
+        loss, n_examples = super()._loss(task, data, step)
+        return loss + self.penalty(), n_examples
 
     def penalty(self) -> Tensor:
         """strength/2 * sum F (theta - anchor)^2; zero before the first task is done."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from remanence.parts import GradientLearner
-from remanence.task import Data, Task
 
 
 class LinearProbe(GradientLearner):
@@ -17,10 +16,6 @@ class LinearProbe(GradientLearner):
     """
 
     trains_backbone = False
-
-    def _loss(self, task: Task, data: Data, step: int) -> tuple[Tensor, int]:
-        batch = self.batch(task, data, step)
-        return self._cross_entropy(self.head(self._features(batch.inputs)), batch.targets, task), len(batch.inputs)
 
     def _features(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():

@@ -52,9 +52,10 @@ class Replay(GradientLearner):
         self.buffer = ReservoirBuffer(self.budget_bytes, self.seed)
 
     def _loss(self, task: Task, data: Data, step: int) -> tuple[Tensor, int]:
-        batch, old = self.batch(task, data, step), self._retained(step)
+        old = self._retained(step)
         if old is None:
-            return self._cross_entropy(self.head(self._features(batch.inputs)), batch.targets, task), len(batch.inputs)
+            return super()._loss(task, data, step)
+        batch = self.batch(task, data, step)
         logits = self.head(self._features(torch.cat([batch.inputs, old.inputs])))
         columns = self.head.columns(torch.cat([batch.targets, old.targets]))
         new, kept = len(batch.inputs), len(old.inputs)
