@@ -279,6 +279,12 @@ def test_a_mechanism_without_a_loss_says_so(tmp_path, tasks):
     assert (row.value, row.note) == (None, "the mechanism reports no loss")
 
 
+@pytest.mark.parametrize("n_steps", [3, 40])
+def test_the_loss_of_an_event_is_that_of_its_last_step(tmp_path, tasks, n_steps):
+    ledger = runner(tmp_path, lambda: Exploding(n_steps=n_steps), ("learn", tasks[0]), seconds=3600).run()
+    assert [row.value for row in rows_of(ledger, metric="loss")] == [pytest.approx(1 / n_steps)]
+
+
 def test_a_learner_that_counts_wrongly_is_stopped(tmp_path, tasks):
     class Skipping(Exploding):
         def _learn(self, task):
