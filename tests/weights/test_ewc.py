@@ -100,6 +100,7 @@ def test_what_is_taken_out_of_fisher_is_decayed_by_the_tasks_that_came_since(tin
     for index, share in ((0, 0.25), (1, 0.5), (2, 1.0)):
         learner = learner_of(tiny_vit, *tasks, decay=0.5)
         learner.fisher = {name: torch.full_like(value, 10.0) for name, value in learner.fisher.items()}
-        monkeypatch.setattr(learner, "_fisher_of", lambda task, data, fisher=learner.fisher: {k: torch.ones_like(v) for k, v in fisher.items()})
+        ones = {name: torch.ones_like(value) for name, value in learner.fisher.items()}
+        monkeypatch.setattr(learner, "_fisher_of", lambda task, data, ones=ones: ones)
         learner._drop(tasks[index], tasks[index].train)
         assert {value.unique().item() for value in learner.fisher.values()} == {10 - share}

@@ -1,11 +1,14 @@
 """Learners that train a classifier by gradient steps: what they keep, what they forget, what they refuse."""
 
+import copy
+import math
+
 import pytest
 import torch
 
 from remanence.errors import DataError, SettingError
 from remanence.learner import fit
-from remanence.parts import VisionHost
+from remanence.parts import ClassHead, VisionHost
 from remanence.streams import digits, part, split_classes
 from remanence.task import Data, Task
 from remanence.testing import check_learner, state_difference
@@ -27,6 +30,33 @@ def test_a_backbone_with_dropout_is_read_without_dropout_and_keeps_the_contract(
     assert torch.equal(first, second)
     assert vit.training
     check_learner(lambda seed: quick(cls, vit, seed=seed))
+
+
+def plain_loop(vit, task):
+    """What fine-tuning is, by hand."""
+    vit, n_steps = copy.deepcopy(vit), 5
+    head = ClassHead(16, 0)
+    head.grow(task.classes)
+    optimizer = torch.optim.AdamW([*vit.parameters(), head.weight, head.bias], weight_decay=0.0, fused=True)
+    for step in range(n_steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / n_steps))
+        rows = task.train.rows(step, 4, 0, "learn", task.name)
+        features = vit(pixel_values=(task.train.inputs[rows] - 0.5) / 0.5).last_hidden_state[:, 0]
+        loss = torch.nn.functional.cross_entropy(head(features), task.train.targets[rows] - task.classes[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return dict(vit.state_dict()), head.state()
+
+
+def test_fine_tuning_equals_a_loop_written_by_hand(tiny_vit, tasks):
+    learner = quick(FineTuning, tiny_vit, epochs=2, lr=1e-2)
+    fit(learner, tasks[1])
+    vit, head = plain_loop(tiny_vit, tasks[1])
+    state = learner.state_dict()
+    for name, value in vit.items():
+        torch.testing.assert_close(state["backbone"][name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["head"]["weight"], head["weight"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", GRADIENT)

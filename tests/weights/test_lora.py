@@ -93,6 +93,14 @@ def test_a_part_of_a_task_cannot_go_out_and_the_refusal_leaves_no_trace(tiny_vit
         assert not state_difference(before, learner.state_dict())
 
 
+def test_a_used_learner_that_loads_a_state_takes_over_its_order(tiny_vit, tasks):
+    first, second = learner_of(tiny_vit, tasks[0], tasks[1]), learner_of(tiny_vit, tasks[1], tasks[2], tasks[0])
+    second.load_state_dict(first.state_dict())
+    assert not state_difference(first.state_dict(), second.state_dict(), ordered=True)
+    assert first.footprint() == second.footprint()
+    assert torch.equal(first.predict(tasks[0].test.inputs).logits, second.predict(tasks[0].test.inputs).logits)
+
+
 def test_routing_finds_the_task_by_itself(tiny_vit, tasks):
     learner = learner_of(tiny_vit, *tasks, epochs=1)
     answer = learner.predict(tasks[1].test.inputs)
