@@ -133,19 +133,20 @@ class CellRunner:
         verb = self.stream[index].verb
         if tally.step == 0 and verb == "learn" and self.stream.mode == "independent":
             self.learner.load_state_dict(copy_state(self._base))
-        refusal = ""
+        refusal, where = "", (index, verb, tasks)
+        watching = [probe for probe in self.probes if verb in probe.verbs]
         try:
             for progress in self._timed(self._open(verb, tasks), tally):
-                self._hold(progress, (index, verb, tasks), tally)
-                if any(self._is_due(probe, verb, progress.step) for probe in self.probes):
-                    self._check_finite((index, verb, tasks), tally)
-                    self._probe((index, verb, tasks), progress.step)
-                self._save(index, tally, (index, verb, tasks))
+                self._hold(progress, where, tally)
+                if watching and any(probe.due(progress.step) for probe in watching):
+                    self._check_finite(where, tally)
+                    self._probe(where, progress.step)
+                self._save(index, tally, where)
         except ErasureNotSupported as error:
             refusal = str(error)
-        self._check_finite((index, verb, tasks), tally)
-        self._write(self._summary(tasks, verb, tally, refusal), "run", (index, verb, tasks), None)
-        self._probe((index, verb, tasks), None)
+        self._check_finite(where, tally)
+        self._write(self._summary(tasks, verb, tally, refusal), "run", where, None)
+        self._probe(where, None)
 
     def _open(self, verb: str, tasks: tuple[Task, ...]) -> Steps:
         if verb == "forget":

@@ -34,6 +34,7 @@ class ClassHead(nn.Module):
         self.register_buffer("_column", torch.empty(0, dtype=torch.int64), persistent=False)
         self._sorted: Tensor
         self._column: Tensor
+        self._is_sorted = True
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C) logits."""
@@ -62,7 +63,8 @@ class ClassHead(nn.Module):
 
     def columns(self, targets: Tensor) -> Tensor:
         """(B,) source labels -> (B,) column numbers; every label must be held."""
-        return self._column[torch.searchsorted(self._sorted, targets)]
+        places = torch.searchsorted(self._sorted, targets)
+        return places if self._is_sorted else self._column[places]
 
     def labels(self, device: torch.device | str = "cpu") -> Tensor:
         """(C,) source labels of the columns."""
@@ -78,6 +80,7 @@ class ClassHead(nn.Module):
     def _replace(self, weight: Tensor, bias: Tensor, classes: list[int]) -> None:
         self.weight, self.bias, self.classes = nn.Parameter(weight), nn.Parameter(bias), classes
         self._sorted, self._column = self.labels(weight.device).sort()
+        self._is_sorted = classes == sorted(classes)
 
 
 class PrototypeHead:

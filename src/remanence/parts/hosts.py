@@ -61,7 +61,7 @@ class VisionHost(nn.Module):
         """
         if not len(pixels):  # transformers cannot reshape an empty batch
             return pixels.new_empty(0, self.width)
-        hidden: Tensor = self.vit(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
+        hidden: Tensor = self.vit(pixel_values=pixels.sub(self.mean).div_(self.std)).last_hidden_state
         return hidden[:, 0]
 
     def old_logits(self, pixels: Tensor) -> Tensor:
