@@ -12,6 +12,7 @@ fails.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -23,7 +24,8 @@ from typing import Any
 import pandas as pd
 from continual_cases import Gate, check_kills, check_metrics, check_prototypes, run_cell
 
-from remanence.grid import Builder, environment, one_thread, prepare, run_cells
+from remanence.environment import environment
+from remanence.grid import Builder, one_thread, prepare, run_cells
 from remanence.ledger import Ledger
 from remanence.probes import cell_metrics, paired_difference
 from remanence.probes.statistics import Interval, interval
@@ -57,7 +59,8 @@ def tuning_recipe(recipe: Recipe) -> Recipe:
         "in turn": {"call": "continual_cases.on_valid", "stream": split},
         "all at once": {"call": "continual_cases.on_valid", "stream": {"call": "remanence.streams.joint", "stream": split}},
     }
-    learners, cells = {}, []
+    learners: dict[str, Any] = {}
+    cells: list[dict[str, Any]] = []
     for name, call in recipe.tree["learners"].items():
         if name.startswith(("untrained", "replay of one")):
             continue
@@ -118,10 +121,15 @@ def comparison(frame: pd.DataFrame) -> list[dict[str, Any]]:
     table = cell_metrics(frame)
     found = {metric: _by_seed(table, metric) for metric in SHOWN}
     return [
-        {"stream": stream, "learner": learner}
-        | {metric: interval(values[stream, learner])._asdict() | {"seeds": values[stream, learner]} for metric, values in found.items()}
+        {"stream": stream, "learner": learner} | {metric: _summary(values[stream, learner]) for metric, values in found.items()}
         for stream, learner in found["average_accuracy"]
     ]
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    """Interval and values by seed; None in place of NaN, which JSON has no word for."""
+    plain = {name: None if math.isnan(value) else value for name, value in interval(values)._asdict().items()}
+    return plain | {"seeds": [None if math.isnan(value) else value for value in values]}
 
 
 def print_comparison(rows: list[dict[str, Any]]) -> None:
@@ -132,7 +140,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
 
 
 def _points(value: dict[str, Any]) -> str:
-    if value["mean"] != value["mean"]:
+    if value["mean"] is None:
         return "-"
     return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}] %"
 
@@ -213,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": rows, "differences": differences(frame), "tuning_seed": TUNING_SEED, "tuning": tuning,
         "gates": [asdict(gate) for gate in gates], "seconds": round(time.perf_counter() - start), "environment": environment(),
     }  # fmt: skip
-    write_whole(options.out, json.dumps(result, indent=1) + "\n")
+    write_whole(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return 0 if all(gate.passed for gate in gates) else 1
 
 

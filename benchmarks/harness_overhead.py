@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.artifact import materialise
-from remanence.grid import Builder, environment, one_thread
+from remanence.environment import environment
+from remanence.grid import Builder, one_thread
 from remanence.learner import Steps
 from remanence.parts.hosts import VisionHost
 from remanence.parts.learning_rate import warm_cosine
