@@ -18,7 +18,7 @@ def learner_of(vit, *tasks, **settings):
 
 
 def adapter_of(learner, task):
-    return {name: value.clone() for name, value in learner.state_dict()["adapters"][task.name].items()}
+    return {name: value.clone() for name, value in learner.state_dict()["tasks"][task.name]["tensors"]["adapter"].items()}
 
 
 @pytest.mark.parametrize("router", ["prototype", "oracle"])

@@ -5,12 +5,14 @@ from remanence.parts.fisher import diagonal_fisher
 from remanence.parts.gradient import GradientLearner, run_verb
 from remanence.parts.heads import ClassHead, PrototypeHead
 from remanence.parts.hosts import VisionHost
+from remanence.parts.per_task import PerTaskLearner
 from remanence.parts.pretraining import PretrainedViT
 from remanence.parts.task_book import TaskBook
 
 __all__ = [
     "ClassHead",
     "GradientLearner",
+    "PerTaskLearner",
     "PretrainedViT",
     "PrototypeHead",
     "ReservoirBuffer",
