@@ -1,0 +1,23 @@
+"""Knowledge in extra tokens: learnable memory, and prompts as its baseline."""
+
+from remanence.tokens.cache import FeatureCache
+from remanence.tokens.export import TaskReader
+from remanence.tokens.files import from_pretrained, load_task, save_pretrained, save_task
+from remanence.tokens.learners import MemoryTokens, VPTDeep
+from remanence.tokens.memory import MemoryOutput, MemoryViT, TaskMemory
+from remanence.tokens.view import ViTView
+
+__all__ = [
+    "FeatureCache",
+    "MemoryOutput",
+    "MemoryTokens",
+    "MemoryViT",
+    "TaskMemory",
+    "TaskReader",
+    "VPTDeep",
+    "ViTView",
+    "from_pretrained",
+    "load_task",
+    "save_pretrained",
+    "save_task",
+]
