@@ -88,13 +88,46 @@ def test_committed_results_passed_every_gate_and_name_no_place():
         assert not re.search(r'"/(work|tmp|home|root)/', text)
 
 
+def _result(name):
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _value(stream, learner, metric):
+    row = next(row for row in _result("continual")["rows"] if (row["stream"], row["learner"]) == (stream, learner))
+    return "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**{name: 100 * row[metric][name] for name in ("mean", "low", "high")})
+
+
+def _difference(name):
+    found = _result("continual")["differences"][name]
+    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**{name: 100 * found[name] for name in ("mean", "low", "high")})
+
+
+def _overhead(row):
+    return "{ratio:.4f} [{ratio_low:.4f}, {ratio_high:.4f}]".format(**_result("harness_overhead")["rows"][row])
+
+
+def _seen(part):
+    return [gate["seen"] for gate in _result("continual")["gates"] if gate["row"] == part]
+
+
+QUOTED = {
+    "Fine-tuning on a stream": lambda: [_value("in turn", "fine-tuning", metric) for metric in ("average_accuracy", "forgetting_first")],
+    "The same learner on the union": lambda: [_value("all at once", "joint", "average_accuracy")],
+    "A small replay buffer": lambda: [_difference("replay - fine-tuning"), _difference("replay of one - fine-tuning")],
+    "Without task names, EWC": lambda: [_difference("EWC - fine-tuning"), _value("in turn", "EWC", "average_accuracy")],
+    "Class means on frozen features": lambda: _seen("C3"),
+    "One adapter and head per task": lambda: [
+        _value("told", "LoRA per task", metric) for metric in ("forgetting_first", "average_accuracy")
+    ],
+    "The harness costs": lambda: [_overhead("no probes (gated)"), _overhead("accuracy every 19 steps")],
+}
+
+
 def test_the_ledger_quotes_the_result_files():
-    """A figure in the ledger stands in the JSON that its row names, as path=value."""
-    rows = [line for line in (ROOT / "LEDGER.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 7
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")}
-    content = json.dumps(results)
-    figures = [figure for row in rows for figure in re.findall(r"`(-?\d+\.\d+)`", row.split("|")[5])]
-    known = {f"{100 * float(number):.1f}" for number in re.findall(r"-?\d+\.\d+", content)} | set(re.findall(r"-?\d+\.\d{4}", content))
-    assert figures
-    assert not [figure for figure in figures if figure not in known]
+    lines = [line for line in (ROOT / "LEDGER.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(QUOTED)
+    for line, (claim, quoted) in zip(lines, QUOTED.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == 6
+        assert cells[0].startswith(claim)
+        assert [figure for figure in quoted() if figure not in cells[4]] == []
