@@ -49,6 +49,7 @@ class FeatureCache:
         self.values = [torch.cat([capture.values[layer] for capture in captures]).to(self.dtype) for layer in range(n_layers)]
         self.last = torch.cat([capture.last for capture in captures]).to(self.dtype)
         self._compute_dtype = next(memory.model.parameters()).dtype
+        self._model = memory.model
 
     @staticmethod
     def bytes_per_image(memory: MemoryViT, dtype: torch.dtype = torch.float32) -> int:
@@ -63,4 +64,4 @@ class FeatureCache:
         """The captured pass of these images."""
         dtype = self._compute_dtype
         keys = [table[rows].to(dtype) for table in self.keys]
-        return Capture(None, keys, [table[rows].to(dtype) for table in self.values], self.last[rows].to(dtype))
+        return Capture(None, keys, [table[rows].to(dtype) for table in self.values], self.last[rows].to(dtype), self._model)

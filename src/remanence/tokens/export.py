@@ -1,14 +1,45 @@
 """A backbone with one or all of its memories as a plain module that torch.export and ONNX take.
 
+    reader = TaskReader(memory, "flowers")
+    torch.export.export(reader, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    export_onnx(reader, pixels, "flowers.onnx")
+
 Axes: B batch, C classes.
 """
 
 import copy
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from remanence.errors import MissingExtra, SettingError
 from remanence.tokens.memory import MemoryViT
+
+
+class AllTasksReader(nn.Module):
+    """Pixels -> logits of every task, in one pass; a copy that shares nothing with the memory it came from.
+
+    Args:
+        memory: with at least one task.
+        mean, std: pixel statistics; inputs are (B, C, H, W) in [0, 1].
+
+    Raises:
+        SettingError: there is no task.
+    """
+
+    def __init__(self, memory: MemoryViT, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        if not memory.tasks:
+            raise SettingError("the memory holds no task to read; add one first.")
+        self.memory = copy.deepcopy(memory).eval().requires_grad_(False)
+        self.mean, self.std = mean, std
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) -> task name -> (B, C)."""
+        return self.memory((pixels - self.mean) / self.std).logits  # type: ignore[no-any-return]
 
 
 class TaskReader(nn.Module):
@@ -18,23 +49,55 @@ class TaskReader(nn.Module):
         memory: with the task.
         task: its name.
         mean, std: pixel statistics; inputs are (B, C, H, W) in [0, 1].
+
+    Raises:
+        SettingError: there is no such task.
     """
 
     def __init__(self, memory: MemoryViT, task: str, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         memory.task(task)
-        self.memory = copy.deepcopy(memory).eval().requires_grad_(False)
-        for other in [name for name in self.memory.tasks if name != task and name not in memory.task(task).parents]:
-            self.memory.remove_task(other, cascade=True)
-        self.task, self.mean, self.std = task, mean, std
+        self.all = AllTasksReader(memory, mean, std)
+        needed = memory.with_parents([task])
+        for other in reversed(memory.tasks):
+            if other not in needed:
+                self.all.memory.remove_task(other)
+        self.task = task
+        self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C)."""
-        logits: Tensor = self.memory((pixels - self.mean) / self.std, [self.task]).logits[self.task]
-        return logits
+        scaled = (pixels - self.all.mean) / self.all.std
+        return self.all.memory(scaled, [self.task]).logits[self.task]  # type: ignore[no-any-return]
 
 
-def export_onnx(reader: nn.Module, example: Tensor, path: str) -> None:
-    """Write a module as ONNX with a free batch axis; needs the extra `onnx`."""
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(reader, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+def export_onnx(reader: nn.Module, example: Tensor, path: str | Path) -> None:
+    """Write a reader as ONNX: input `pixels` with a free batch axis; output `logits`, or one output per task bearing its name.
+
+    Args:
+        reader: a `TaskReader` or an `AllTasksReader`.
+        example: (B, C, H, W) pixels, B at least 2.
+
+    Raises:
+        MissingExtra: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(f"{error.name} is not installed; pip install 'remanence[onnx]'.") from error
+    outputs = reader.memory.tasks if isinstance(reader, AllTasksReader) else ["logits"]
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter calls what torch deprecates
+        torch.onnx.export(
+            reader,
+            (example,),
+            str(path),
+            input_names=["pixels"],
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from remanence.errors import DataError
+from remanence.errors import DataError, ErasureNotSupported, SettingError
 from remanence.keys import key_seed
 from remanence.parts import ClassHead, PerTaskLearner
 from remanence.parts.per_task import Router
@@ -30,8 +30,8 @@ class MemoryTokens(PerTaskLearner):
         backbone: folder of a ViT, or a model; never trained.
         tokens: M per layer.
         mode: "memory", "input", "class" or "head"; see `MemoryViT.add_task`.
-        extend: let every task read from all earlier ones (the paper's extension); forgetting one of those then raises
-            ErasureNotSupported's cousin SettingError, which names the readers.
+        extend: let every task read from all earlier ones (the paper's extension). A task that others read from can no
+            longer be forgotten, since their answers rest on it: `forget` raises ErasureNotSupported and names them.
         cache_bytes: training reads the backbone's keys and values from memory while they fit in here.
         Others: see `PerTaskLearner`.
 
@@ -60,6 +60,7 @@ class MemoryTokens(PerTaskLearner):
         super().__init__(backbone, router, epochs, batch_size, lr, seed, device)
         self.tokens, self.mode, self.extend, self.cache_bytes = tokens, mode, extend, cache_bytes
         self.memory = MemoryViT(self.host.vit)
+        self.memory.require_settings(tokens, mode)
         self._cache: tuple[Tensor, FeatureCache | None] | None = None
 
     def _normalised(self, inputs: Tensor) -> Tensor:
@@ -77,6 +78,15 @@ class MemoryTokens(PerTaskLearner):
 
     def _detach(self, task: str) -> None:
         self.memory.remove_task(task)
+
+    def _require_whole(self, task: Task, data: Data) -> None:
+        super()._require_whole(task, data)
+        readers = self.memory.readers(task.name)
+        if readers:
+            raise ErasureNotSupported(
+                f"'{task.name}' is read by {readers}, whose answers rest on it. Forget those first, the last one first, or learn "
+                f"with extend=False."
+            )
 
     def _classes(self, task: str) -> list[int]:
         return self.memory.task(task).classes
@@ -144,6 +154,8 @@ class VPTDeep(PerTaskLearner):
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
+        if tokens < 1:
+            raise SettingError(f"VPTDeep: tokens={tokens} must be above 0.")
         super().__init__(backbone, router, epochs, batch_size, lr, seed, device)
         self.tokens, self.view = tokens, ViTView(self.host.vit)
         self.prompts: dict[str, DeepPrompts] = {}

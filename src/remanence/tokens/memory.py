@@ -15,6 +15,7 @@ Source: Sandler et al. 2022, Fine-tuning Image Transformers using Learnable Memo
 section 3 and Table 1. ours: the side-stream form, and a graph of parents in place of one order.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from remanence.errors import SettingError, nearest
+from remanence.errors import SettingError, StateMismatchError, nearest
 from remanence.keys import generator
+from remanence.tokens.task_memory import TaskMemory
 from remanence.tokens.view import Capture, ViTView
 
 Mode = Literal["memory", "input", "class", "head"]
@@ -35,57 +37,6 @@ class MemoryOutput:
 
     base: Any
     logits: dict[str, Tensor]
-
-
-class TaskMemory(nn.Module):
-    """What one task owns.
-
-    Args:
-        memory: (layers with memory, M, D); zero layers for the modes "class" and "head".
-        class_token: (D,), or None for the mode "head", which reads the backbone's own class token.
-        classes: source labels of the head's rows.
-        layers: which layers have memory.
-        parents: tasks whose class token and memory this one may attend to.
-        norm: "pre": memory enters before the layer's first norm, as in the paper's Fig. 3; "post": after it, only to read
-            memories that were trained so.
-    """
-
-    def __init__(
-        self,
-        memory: Tensor,
-        class_token: Tensor | None,
-        classes: Sequence[int],
-        layers: tuple[int, ...],
-        parents: tuple[str, ...] = (),
-        norm: Literal["pre", "post"] = "pre",
-    ) -> None:
-        super().__init__()
-        self.memory = nn.Parameter(memory)
-        self.class_token = None if class_token is None else nn.Parameter(class_token)
-        self.classes, self.layers, self.parents, self.norm = list(classes), layers, parents, norm
-        # zeros: the first prediction is uniform, and the first gradient goes to the head alone
-        self.head = _zero_head(memory.new_zeros(len(self.classes), memory.shape[-1]))
-
-    @torch.no_grad()
-    def grow(self, classes: Iterable[int]) -> None:
-        """Add zero rows for the labels that are new."""
-        new = [label for label in classes if label not in self.classes]
-        if new:
-            weight, bias = self.head.weight, self.head.bias
-            self.head = _zero_head(torch.cat([weight, weight.new_zeros(len(new), weight.shape[1])]))
-            self.head.bias.copy_(torch.cat([bias, bias.new_zeros(len(new))]))
-            self.classes += new
-
-
-def _zero_head(weight: Tensor) -> nn.Linear:
-    """A linear map with this weight and no bias yet, made without a draw from the global generator."""
-    head: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype
-    )
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.zero_()
-    return head
 
 
 class MemoryViT(nn.Module):
@@ -105,9 +56,13 @@ class MemoryViT(nn.Module):
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
         self.model = model.eval().requires_grad_(False)
-        self.view = ViTView(model)
+        try:
+            self.view = ViTView(model)
+        except Exception:
+            self.detach()
+            raise
         self._tasks = nn.ModuleDict()
-        self._bank: tuple[tuple[Any, ...], _Bank] | None = None
+        self._bank: _Bank | None = None
 
     # --- tasks -------------------------------------------------------------------------------------------------
 
@@ -155,16 +110,12 @@ class MemoryViT(nn.Module):
         Raises:
             SettingError: the name is taken, a parent is unknown, or a setting is out of range.
         """
-        labels = list(classes)
-        n_tokens = self.view.n_tokens
+        labels = [operator.index(label) for label in classes]
         if _key(name) in self._tasks:
             raise SettingError(f"task '{name}' is there already; remove it first or choose another name.")
         if not labels or len(set(labels)) < len(labels):
             raise SettingError(f"task '{name}' needs at least one class, each once; got {labels}.")
-        if not 0 <= tokens <= 4 * n_tokens:
-            raise SettingError(f"tokens={tokens} must lie in 0..{4 * n_tokens} (four times the backbone's {n_tokens} tokens).")
-        if mode not in ("memory", "input", "class", "head"):
-            raise SettingError(f"mode='{mode}' is unknown; give memory, input, class or head.")
+        self.require_settings(tokens, mode)
         for parent in parents:
             self.task(parent)
         layers = {"memory": tuple(range(len(self.view.layers))), "input": (0,)}.get(mode, ()) if tokens else ()
@@ -176,6 +127,22 @@ class MemoryViT(nn.Module):
         self._tasks[_key(name)] = made
         return made
 
+    def require_settings(self, tokens: int, mode: Mode) -> None:
+        """Refuse what no task can have.
+
+        Raises:
+            SettingError: tokens lie outside 0..4 n, or the mode is unknown.
+        """
+        most = 4 * self.view.n_tokens
+        if not 0 <= tokens <= most:
+            raise SettingError(f"tokens={tokens} must lie in 0..{most} (four times the backbone's {most // 4} tokens).")
+        if mode not in ("memory", "input", "class", "head"):
+            raise SettingError(f"mode='{mode}' is unknown; give memory, input, class or head.")
+
+    def readers(self, name: str) -> list[str]:
+        """The tasks that read from this one directly."""
+        return [other for other in self.tasks if name in self.task(other).parents]
+
     def remove_task(self, name: str, cascade: bool = False) -> None:
         """Delete all that a task owns; what stays is untouched.
 
@@ -186,7 +153,7 @@ class MemoryViT(nn.Module):
             SettingError: other tasks read from it and `cascade` is off.
         """
         self.task(name)
-        children = [other for other in self.tasks if name in self.task(other).parents]
+        children = self.readers(name)
         if children and not cascade:
             raise SettingError(f"task '{name}' is read by {children}; remove those first, or pass cascade=True to remove them too.")
         for child in children:
@@ -214,33 +181,58 @@ class MemoryViT(nn.Module):
 
     # --- answers -----------------------------------------------------------------------------------------------
 
-    def forward(self, pixels: Tensor, tasks: Sequence[str] | None = None) -> MemoryOutput:
+    def forward(self, pixels: Tensor, tasks: Sequence[str] | None = None, **model_inputs: Any) -> MemoryOutput:
         """The backbone's own output and the logits of tasks, all in one pass.
 
         Args:
             pixels: (B, C, height, width), normalised as the backbone expects.
             tasks: names; all by default, [] for the plain backbone.
+            model_inputs: what else the model's own forward takes, such as output_hidden_states or interpolate_pos_encoding.
 
         Returns:
             Base output and logits; of an empty batch, None and empty logits.
         """
-        if not len(pixels):
+        if pixels.shape[0] == 0:  # len() would fix the batch size of an exported model
             names = self.tasks if tasks is None else tasks
             return MemoryOutput(None, {name: pixels.new_empty(0, len(self.task(name).classes)) for name in names})
-        capture = self.view.capture(pixels)
+        capture = self.view.capture(pixels, **model_inputs)
         return MemoryOutput(capture.output, self.read(capture, tasks))
 
     def read(self, capture: Capture, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Logits of tasks from a captured or cached pass of the backbone."""
+        """Logits of tasks from a captured or cached pass of the backbone.
+
+        Raises:
+            StateMismatchError: the pass is that of another model.
+        """
+        if capture.model is not None and capture.model is not self.model:
+            raise StateMismatchError(
+                f"this pass was captured on another {type(capture.model).__name__} than the one these memories belong to; "
+                f"capture or cache with this MemoryViT."
+            )
         names = self.tasks if tasks is None else list(tasks)
         if not names:
             return {}
-        bank = self._bank_of(tuple(self._with_parents(names)))
+        bank = self._bank_of(tuple(self.with_parents(names)))
         tokens = bank.run(capture)
         logits = torch.einsum("btd,tcd->btc", tokens, bank.head_weight) + bank.head_bias
         return {name: logits[:, bank.names.index(name), : len(self.task(name).classes)] for name in names}
 
-    def _with_parents(self, names: list[str]) -> list[str]:
+    def read_each(self, capture: Capture, tasks: Sequence[str]) -> list[Tensor]:
+        """Every image answered by a task of its own: B names -> B rows of logits (C,); each task reads its images only.
+
+        Raises:
+            SettingError: there are not as many names as images.
+        """
+        if len(tasks) != len(capture.last):
+            raise SettingError(f"{len(tasks)} task names for {len(capture.last)} images; give one name per image.")
+        answers: dict[int, Tensor] = {}
+        for name in dict.fromkeys(tasks):
+            rows = [row for row, wanted in enumerate(tasks) if wanted == name]
+            chosen = capture.select(torch.tensor(rows, device=capture.last.device))
+            answers.update(zip(rows, self.read(chosen, [name])[name], strict=True))
+        return [answers[row] for row in range(len(tasks))]
+
+    def with_parents(self, names: list[str]) -> list[str]:
         """These tasks and all that they read from, in order of arrival."""
         needed: set[str] = set()
         queue = list(names)
@@ -254,13 +246,17 @@ class MemoryViT(nn.Module):
     def _bank_of(self, names: tuple[str, ...]) -> "_Bank":
         """Keys and values of the memories, which no input changes: computed per step in training, else once."""
         parts = [self.task(name) for name in names]
-        if torch.is_grad_enabled() and any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        if trains or torch.compiler.is_exporting():
             return _Bank(self.view, names, parts)
-        stamp = (names, *((id(parameter), parameter._version, parameter.device) for part in parts for parameter in part.parameters()))
-        if self._bank is None or self._bank[0] != stamp:
+        # the stamp holds the tensors themselves: an address alone may be given to another task's later
+        owned = [parameter for part in parts for parameter in part.parameters()]
+        marks = [(parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device) for parameter in owned]
+        if self._bank is None or self._bank.names != names or not self._bank.is_of(owned, marks):
             with torch.no_grad():
-                self._bank = (stamp, _Bank(self.view, names, parts))
-        return self._bank[1]
+                self._bank = _Bank(self.view, names, parts)
+            self._bank.owned, self._bank.marks = owned, marks
+        return self._bank
 
     def mask_table(self) -> str:
         """Who attends to whom, for a person to read: rows ask, columns answer."""
@@ -278,8 +274,11 @@ class _Bank:
 
     def __init__(self, view: ViTView, names: tuple[str, ...], parts: list[TaskMemory]) -> None:
         self.view, self.names = view, names
+        self.owned: list[nn.Parameter] = []
+        self.marks: list[tuple[Any, ...]] = []
         own = [part.class_token for part in parts]
-        self.has_stream = torch.tensor([token is not None for token in own], device=parts[0].memory.device)
+        self.streams = [token is not None for token in own]
+        self.has_stream = torch.tensor(self.streams, device=parts[0].memory.device)
         self.class_tokens = torch.stack([torch.zeros_like(parts[0].head.weight[0]) if token is None else token for token in own])
         self.sources = [[index, *(names.index(parent) for parent in part.parents)] for index, part in enumerate(parts)]
         self.class_mask = self._class_mask() if any(part.parents for part in parts) else None
@@ -292,14 +291,22 @@ class _Bank:
         """(T, T) True where a class token may not look: all but itself and its parents."""
         mask = torch.ones(len(self.names), len(self.names), dtype=torch.bool, device=self.has_stream.device)
         for row, sources in enumerate(self.sources):
-            mask[row, sources] = False
+            # a task without a class token of its own has none to be read
+            mask[row, [source for source in sources if source == row or self.streams[source]]] = False
         return mask
+
+    def is_of(self, owned: list[nn.Parameter], marks: list[tuple[Any, ...]]) -> bool:
+        """Whether it was made of these tensors, and none was written to since."""
+        return self.marks == marks and all(one is other for one, other in zip(self.owned, owned, strict=True))
 
     def _memory(self, index: int, parts: list[TaskMemory]) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """A layer's memory keys and values (T, H, M, d), own and parents' rows, and the padding mask (T, M)."""
         layer = self.view.layers[index]
+        # a view of a parameter that is taken without gradient still says that it requires one, which trips FLOP counters
+        own = [part.memory if torch.is_grad_enabled() else part.memory.detach() for part in parts]
         rows = [
-            part.memory[part.layers.index(index)] if index in part.layers else part.memory.new_zeros(0, self.view.width) for part in parts
+            memory[part.layers.index(index)] if index in part.layers else memory.new_zeros(0, self.view.width)
+            for memory, part in zip(own, parts, strict=True)
         ]
         normed = [layer.norm1(row) if part.norm == "pre" else row for row, part in zip(rows, parts, strict=True)]
         joined = [torch.cat([normed[source] for source in sources]) for sources in self.sources]
@@ -309,20 +316,21 @@ class _Bank:
         padded = torch.stack([nn.functional.pad(row, (0, 0, 0, size - len(row))) for row in joined])
         _, key, value = layer.project(padded)
         mask = torch.stack([torch.arange(size, device=row.device) >= len(row) for row in joined])
-        return layer.key_norm(self.view.split(key)), self.view.split(value), mask if bool(mask.any()) else None
+        is_padded = any(len(row) < size for row in joined)
+        return layer.key_norm(self.view.split(key)), self.view.split(value), mask if is_padded else None
 
     def run(self, capture: Capture) -> Tensor:
         """(B, T, D) class tokens after the final norm; a task without one of its own gets the backbone's."""
         last = capture.last[:, None, :]
-        if not bool(self.has_stream.any()):
+        if not any(self.streams):
             return last.expand(-1, len(self.names), -1)
-        tokens = self.class_tokens.expand(len(capture.last), -1, -1)
+        tokens = self.class_tokens.expand(capture.last.shape[0], -1, -1)
         for layer, keys, values, memory in zip(self.view.layers, capture.keys, capture.values, self.memories, strict=True):
             query, key, value = (self.view.split(part) for part in layer.project(layer.norm1(tokens)))
             attended = self._attend(layer.query_norm(query), (keys, values), (layer.key_norm(key), value), memory)
             tokens = layer.finish(tokens, self.view.merge(attended))
         tokens = self.view.final_norm(tokens)
-        return tokens if bool(self.has_stream.all()) else torch.where(self.has_stream[None, :, None], tokens, last)
+        return tokens if all(self.streams) else torch.where(self.has_stream[None, :, None], tokens, last)
 
     def _attend(
         self,
@@ -351,9 +359,9 @@ class _Bank:
 
 
 def _key(name: str) -> str:
-    """A name as a module name, which may not bear a dot."""
-    return name.replace(".", "\N{ONE DOT LEADER}")
+    """A name as a module name: without a dot, and never that of a method."""
+    return "task:" + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _plain(key: str) -> str:
-    return key.replace("\N{ONE DOT LEADER}", ".")
+    return key.removeprefix("task:").replace("%2E", ".").replace("%25", "%")
