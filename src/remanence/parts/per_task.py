@@ -255,7 +255,7 @@ class PerTaskLearner(Learner, ABC):
         }
 
     def load_state_dict(self, state: State) -> None:
-        for name in self._tasks():
+        for name in reversed(self._tasks()):  # a task may rest on earlier ones
             self._detach(name)
         for name, owned in state["tasks"].items():
             self._attach(name, owned["classes"])
