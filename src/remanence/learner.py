@@ -132,9 +132,9 @@ class Learner(ABC):
             raise SettingError(f"{type(self).__name__} learns one task at a time; got {len(tasks)}. Override learn_many to take more.")
         return self.learn(tasks[0])
 
-    def predict_many(self, inputs: Sequence[Tensor], tasks: Sequence[str | None]) -> list[Prediction]:
-        """Answer the inputs of several independent tasks; by default one after the other."""
-        return [self.predict(batch, task) for batch, task in zip(inputs, tasks, strict=True)]
+    def predict_many(self, inputs: Sequence[Tensor], tasks: Sequence[str | None], reader: str = "") -> list[Prediction]:
+        """Answer the inputs of several independent tasks, in the order of `learn_many`; by default one after the other."""
+        return [self.predict(batch, task, reader) for batch, task in zip(inputs, tasks, strict=True)]
 
     def score(self, inputs: Tensor, targets: Tensor, task: str | None = None, reader: str = "") -> Tensor:
         """(B,) log-probability of each target, summed over a sequence's tokens; -inf for what the learner does not know."""

@@ -136,7 +136,7 @@ class CellRunner:
         refusal, where = "", (index, verb, tasks)
         watching = [probe for probe in self.probes if verb in probe.verbs]
         try:
-            for progress in self._timed(self._open(verb, tasks), tally):
+            for progress in self._timed(self._open(index, verb, tasks), tally):
                 self._hold(progress, where, tally)
                 if watching and any(probe.due(progress.step) for probe in watching):
                     self._check_finite(where, tally)
@@ -148,9 +148,9 @@ class CellRunner:
         self._write(self._summary(tasks, verb, tally, refusal), "run", where, None)
         self._probe(where, None)
 
-    def _open(self, verb: str, tasks: tuple[Task, ...]) -> Steps:
+    def _open(self, index: int, verb: str, tasks: tuple[Task, ...]) -> Steps:
         if verb == "forget":
-            return self.learner.forget(tasks[0])
+            return self.learner.forget(tasks[0], self.stream[index].retain)
         return self.learner.learn_many(tasks) if self.stream.mode == "independent" else self.learner.learn(tasks[0])
 
     def _timed(self, steps: Steps, tally: Tally) -> Iterator[Progress]:

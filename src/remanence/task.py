@@ -222,10 +222,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happens to a learner: it learns a task, or is asked to forget one."""
+    """One thing that happens to a learner: it learns a task, or is asked to forget one.
+
+    Args:
+        verb: "learn" or "forget".
+        task: what.
+        retain: with "forget": examples that must stay known, for mechanisms that read them again.
+    """
 
     verb: Verb
     task: Task
+    retain: Data | None = None
 
 
 class Stream(Sequence[Event], ABC):

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from remanence.cli import main
+from remanence.ledger import Ledger
+from remanence.probes import five_verbs
 from remanence.recipes import shipped
 
 
@@ -151,3 +153,34 @@ def test_importing_the_package_is_cheap_and_pulls_in_no_model_library():
     n_modules, pulled = done.stdout.split()
     assert int(n_modules) < 10
     assert pulled == "False"
+
+
+EPISODES = """
+name: few
+sources: {digits: {call: remanence.streams.digits}}
+streams:
+  episodes: {call: remanence.streams.episodes, source: $digits, ways: 3, shots: 2, queries: 4, n: 6}
+learners:
+  prototypes: {call: remanence.weights.Prototypes, backbone: vit}
+probes:
+  - {call: remanence.probes.Accuracy}
+  - {call: remanence.probes.Cost}
+seeds: [0, 1]
+"""
+
+
+def test_episodes_are_run_compared_and_reported(tmp_path, monkeypatch, capsys, tiny_vit):
+    monkeypatch.chdir(tmp_path)
+    tiny_vit.save_pretrained(tmp_path / "vit")
+    (tmp_path / "few.yaml").write_text(EPISODES, encoding="utf-8")
+    assert call("run", "few.yaml", "--jobs", "1", "--out", "run") == 0
+    printed = capsys.readouterr().out
+    assert "chance" in printed
+    assert "33.3" in printed
+    assert (tmp_path / "run" / "report.html").exists()
+
+    frame = Ledger.open(tmp_path / "run")
+    last = frame[(frame["metric"] == "total_bytes") & (frame["event"] == 5) & (frame["seed"] == 0)]
+    verbs = five_verbs(frame)
+    (per_task,) = verbs[verbs["metric"] == "bytes_per_task"]["mean"]
+    assert per_task == last["value"].item() > 0  # every episode starts from the base state

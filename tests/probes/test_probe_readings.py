@@ -73,7 +73,7 @@ def test_independent_tasks_are_read_together():
     class Parallel(Counting):
         asked = ()
 
-        def predict_many(self, inputs, tasks):
+        def predict_many(self, inputs, tasks, reader=""):
             self.asked = (len(inputs), tuple(tasks))
             return super().predict_many(inputs, tasks)
 

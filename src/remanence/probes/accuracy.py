@@ -65,10 +65,8 @@ class Accuracy(Probe):
 def _predictions(view: View, reader: str) -> Iterator[tuple[Task, Prediction]]:
     subjects = view.subjects
     if view.stream.mode == "independent" and len(view.current) > 1:
-        # predict_many names no reader: it answers with the headline
-        if reader == view.learner.readers[0]:
-            names = [view.name_for(task) for task in subjects]
-            yield from zip(subjects, view.learner.predict_many([task.test.inputs for task in subjects], names), strict=True)
+        names = [view.name_for(task) for task in subjects]
+        yield from zip(subjects, view.learner.predict_many([task.test.inputs for task in subjects], names, reader), strict=True)
         return
     for task in subjects:
         yield task, view.predict(task, reader)

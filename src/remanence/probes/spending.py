@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from remanence.probes.matrix import accuracy_when_learned, event_ends, readers, taught_subjects
+from remanence.probes.matrix import accuracy_when_learned, event_ends, is_independent, readers, taught_subjects
 from remanence.probes.metrics import Result
 
 _SUMS = ("steps", "examples", "seconds", "flops_learn")
@@ -15,7 +15,8 @@ def cost_of(frame: pd.DataFrame) -> dict[str, Result]:
 
     Returns:
         metric -> Result. `bytes_per_task` is all state after the last of these events over the number of subjects
-        learned by then; memory is the peak; what is read from footprints is read after the last event.
+        learned by then (by the last event alone, where tasks are independent); memory is the peak; what is read from
+        footprints is read after the last event.
     """
     ends = event_ends(frame)
     taught = taught_subjects(ends)
@@ -25,7 +26,9 @@ def cost_of(frame: pd.DataFrame) -> dict[str, Result]:
     results = {metric: _value(by_metric, metric, "sum") for metric in _SUMS}
     results |= {metric: _value(by_metric, metric, "last") for metric in _LAST}
     results["peak_memory_bytes"] = _value(by_metric, "peak_memory_bytes", "max")
-    n_subjects = len({name for names in taught.values() for name in names})
+    # independent tasks start from the base state: the state at the end is that of the last event's tasks alone
+    holding = list(taught.values())[-1:] if is_independent(frame) else taught.values()
+    n_subjects = len({name for names in holding for name in names})
     total = results.pop("total_bytes")
     per_task = Result(total.value / n_subjects, total.reason) if n_subjects else Result(np.nan, "nothing was learned")
     return results | {"bytes_per_task": per_task}

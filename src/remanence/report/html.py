@@ -90,7 +90,7 @@ def _facts(manifest: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, str
 
 def _sections(rows: list[TableRow], shown: list[Panel], pictures: dict[str, Any]) -> dict[str, list[tuple[str, str, int]]]:
     """Section -> (title, id, height in pixels) of its figures; the figures themselves go into `pictures`."""
-    chance = [row.values["average_accuracy"].mean for row in rows if row.learner == CHANCE]
+    chance = [row.values["average_accuracy"].mean for row in rows if row.learner == CHANCE and "average_accuracy" in row.values]
     plan: dict[str, list[tuple[str, Any]]] = {
         "matrix": [(panel.label, figures.matrix_figure(panel)) for panel in shown],
         "retention": [(panel.label, figures.retention_figure(panel)) for panel in shown if panel.curves],
