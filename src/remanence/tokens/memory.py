@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from remanence.errors import SettingError, StateMismatchError, nearest
 from remanence.keys import generator
@@ -29,6 +30,16 @@ from remanence.tokens.task_memory import TaskMemory
 from remanence.tokens.view import Capture, ViTView
 
 Mode = Literal["memory", "input", "class", "head"]
+
+_optimizer_steps = [0]
+
+
+def _count_step(*_: object) -> None:
+    _optimizer_steps[0] += 1
+
+
+# fused optimizers write to a tensor without raising its version, so that a kept bank would miss their steps
+register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -251,7 +262,8 @@ class MemoryViT(nn.Module):
             return _Bank(self.view, names, parts)
         # the stamp holds the tensors themselves: an address alone may be given to another task's later
         owned = [parameter for part in parts for parameter in part.parameters()]
-        marks = [(parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device) for parameter in owned]
+        writes = [(parameter._version, parameter.data_ptr(), parameter.dtype, parameter.device) for parameter in owned]
+        marks = (_optimizer_steps[0], writes)
         if self._bank is None or self._bank.names != names or not self._bank.is_of(owned, marks):
             with torch.no_grad():
                 self._bank = _Bank(self.view, names, parts)
@@ -275,7 +287,7 @@ class _Bank:
     def __init__(self, view: ViTView, names: tuple[str, ...], parts: list[TaskMemory]) -> None:
         self.view, self.names = view, names
         self.owned: list[nn.Parameter] = []
-        self.marks: list[tuple[Any, ...]] = []
+        self.marks: tuple[Any, ...] = ()
         own = [part.class_token for part in parts]
         self.streams = [token is not None for token in own]
         self.has_stream = torch.tensor(self.streams, device=parts[0].memory.device)
@@ -295,7 +307,7 @@ class _Bank:
             mask[row, [source for source in sources if source == row or self.streams[source]]] = False
         return mask
 
-    def is_of(self, owned: list[nn.Parameter], marks: list[tuple[Any, ...]]) -> bool:
+    def is_of(self, owned: list[nn.Parameter], marks: tuple[Any, ...]) -> bool:
         """Whether it was made of these tensors, and none was written to since."""
         return self.marks == marks and all(one is other for one, other in zip(self.owned, owned, strict=True))
 
