@@ -6,6 +6,7 @@ from transformers import ViTConfig, ViTModel
 
 from remanence.keys import keyed_rng
 from remanence.testing import tiny_tasks
+from remanence.tokens import MemoryTokens, VPTDeep
 from remanence.weights import EWC, FineTuning, LinearProbe, LoRA, Prototypes, Replay
 
 
@@ -46,7 +47,7 @@ STEPS = {"epochs": 1, "batch_size": 4}
 
 @pytest.fixture(scope="session")
 def makers(tiny_vit):
-    """Name -> (seed -> learner): all six, in the variants that differ in what they store."""
+    """Name -> (seed -> learner): all of them, in the variants that differ in what they store."""
     return {
         "fine-tuning": lambda seed=0: FineTuning(tiny_vit, forget_epochs=1, seed=seed, **STEPS),
         "fine-tuning local": lambda seed=0: FineTuning(tiny_vit, forget_epochs=1, local=True, seed=seed, **STEPS),
@@ -57,4 +58,10 @@ def makers(tiny_vit):
         "prototypes": lambda seed=0: Prototypes(tiny_vit, batch_size=4, seed=seed),
         "prototypes cosine": lambda seed=0: Prototypes(tiny_vit, metric="cosine", batch_size=4, seed=seed),
         "linear probe": lambda seed=0: LinearProbe(tiny_vit, lr=1e-2, forget_epochs=1, seed=seed, **STEPS),
+        "memory tokens prototype": lambda seed=0: MemoryTokens(tiny_vit, tokens=2, seed=seed, **STEPS),
+        "memory tokens energy": lambda seed=0: MemoryTokens(tiny_vit, mode="input", router="energy", seed=seed, **STEPS),
+        "memory tokens confidence": lambda seed=0: MemoryTokens(tiny_vit, mode="class", router="confidence", seed=seed, **STEPS),
+        "memory tokens oracle": lambda seed=0: MemoryTokens(tiny_vit, mode="head", cache_bytes=0, router="oracle", seed=seed, **STEPS),
+        "VPT prototype": lambda seed=0: VPTDeep(tiny_vit, tokens=2, seed=seed, **STEPS),
+        "VPT oracle": lambda seed=0: VPTDeep(tiny_vit, tokens=2, router="oracle", seed=seed, **STEPS),
     }

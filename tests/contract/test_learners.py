@@ -17,7 +17,14 @@ NAMES = [
     "prototypes",
     "prototypes cosine",
     "linear probe",
+    "memory tokens prototype",
+    "memory tokens energy",
+    "memory tokens confidence",
+    "memory tokens oracle",
+    "VPT prototype",
+    "VPT oracle",
 ]
+EXACT = ("LoRA", "prototypes", "memory tokens", "VPT")
 
 
 def test_every_learner_is_listed(makers):
@@ -27,7 +34,7 @@ def test_every_learner_is_listed(makers):
 @pytest.mark.parametrize("name", NAMES)
 def test_learner_keeps_the_contract(name, makers):
     began = time.perf_counter()
-    check_learner(makers[name], exact_forget=True if name.startswith(("LoRA", "prototypes")) else None)
+    check_learner(makers[name], exact_forget=True if name.startswith(EXACT) else None)
     assert time.perf_counter() - began < 60, "the contract is meant to run in seconds"
 
 
