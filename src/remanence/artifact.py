@@ -71,6 +71,41 @@ class Artifact(ABC):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+class GivenFolder(Artifact):
+    """An artifact that somebody else made: a folder that is only read, such as a Hugging Face model.
+
+    Args:
+        path: the folder. What it was trained on is known only if it bears a header.json of ours.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    kind = "given"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()
+        if not self.path.is_dir():
+            raise DataError(f"there is no folder {self.path}; give a folder that save_pretrained wrote.")
+
+    def settings(self) -> dict[str, Any]:
+        files = sorted(file for file in self.path.iterdir() if file.suffix in (".json", ".safetensors"))
+        return {"files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
+
+    def seen(self) -> Tensor:
+        return torch.tensor(self.header().get("saw", []), dtype=torch.int64)
+
+    def header(self) -> dict[str, Any]:
+        path = self.path / "header.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def sketch(self, folder: Path) -> None:
+        folder.symlink_to(self.path, target_is_directory=True)
+
+    def build(self, folder: Path) -> Iterator[Progress]:
+        yield from ()
+
+
 def cache_folder() -> Path:
     """Where artifacts live: `REMANENCE_CACHE`, else ~/.cache/remanence."""
     return Path(os.environ.get("REMANENCE_CACHE") or Path.home() / ".cache" / "remanence").expanduser()
@@ -83,6 +118,8 @@ def materialise(artifact: Artifact, on_progress: Callable[[Progress], None] | No
         on_progress: called after every building step.
         cache: folder of all artifacts; `cache_folder()` by default.
     """
+    if isinstance(artifact, GivenFolder):
+        return artifact.path
     cache = cache or cache_folder()
     folder = cache / f"{artifact.kind}-{artifact.fingerprint()}"
     if (folder / "header.json").exists():

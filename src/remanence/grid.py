@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from remanence.artifact import Artifact, materialise, refuse_overlap, shared_knowledge
+from remanence.artifact import Artifact, GivenFolder, materialise, refuse_overlap, shared_knowledge
+from remanence.calls import build
 from remanence.environment import environment
 from remanence.errors import RecipeError, RemanenceError, SettingError, StateMismatchError
 from remanence.learner import Learner, Progress
 from remanence.probe import Probe
-from remanence.recipe import Recipe, build
+from remanence.recipe import Recipe
 from remanence.runner import CellRunner, is_finished, require_pair
 from remanence.state import write_whole
 from remanence.task import Stream
@@ -59,7 +60,8 @@ class Builder:
         return self._sources[name]
 
     def artifact(self, name: str) -> Artifact:
-        made = build(self.recipe.tree["artifacts"][name], self.source, {})
+        entry = self.recipe.tree["artifacts"][name]
+        made = GivenFolder(Path(entry)) if isinstance(entry, str) else build(entry, self.source, {})
         if not isinstance(made, Artifact):
             raise self.recipe.fail(("artifacts", name), f"gives a {type(made).__name__}, not an Artifact.")
         return made

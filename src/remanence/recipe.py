@@ -9,24 +9,23 @@
     seeds:     [0, 1, 2]
 
 `call` names anything importable, also from a file of your own in the working directory; the keys beside it are its
-arguments, and may be calls themselves. `$name` is a source, an artifact's folder or a stream defined above. Every
+arguments, and may be calls themselves. `$name` is a source, an artifact's folder or a stream defined above. An artifact
+may also be the path of a folder that exists, such as a Hugging Face ViT (`--set artifacts.backbone=path/to/vit`). Every
 argument is checked against the callee's signature before anything is built.
 """
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
-from remanence.errors import MissingExtra, RecipeError, nearest
+from remanence.calls import find, is_plain, typed
+from remanence.errors import RecipeError, nearest
 
 Tree = dict[str, Any]
 Where = tuple[str | int, ...]
@@ -109,58 +108,11 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     _check_names(recipe)
     for section in ("sources", "artifacts", "streams", "learners"):
         for name, call in (tree.get(section) or {}).items():
-            _check_call(recipe, (section, name), call)
+            if section != "artifacts" or not isinstance(call, str):  # text is the folder of an artifact that exists
+                _check_call(recipe, (section, name), call)
     for index, call in enumerate(tree["probes"]):
         _check_call(recipe, ("probes", index), call)
     return Recipe(str(tree.get("name", path.stem)), tree, path, recipe.lines, recipe.is_stated)
-
-
-def build(call: Any, named: Callable[[str], Any], supplied: Mapping[str, Any]) -> Any:
-    """Turn a checked part of a recipe into the object it describes.
-
-    Args:
-        call: a mapping with `call`, or any YAML value.
-        named: what `$name` stands for.
-        supplied: arguments for callees that take them and were not told otherwise (seed, order_seed, device).
-    """
-    if isinstance(call, str) and call.startswith("$"):
-        return named(call[1:])
-    if isinstance(call, list):
-        return [build(item, named, supplied) for item in call]
-    if not (isinstance(call, dict) and "call" in call):
-        return call
-    target = find(call["call"])
-    parameters = inspect.signature(target).parameters
-    arguments = {
-        key: _typed(target, key, value) if _is_plain(value) else build(value, named, supplied)
-        for key, value in call.items()
-        if key != "call"
-    }
-    return target(**{key: value for key, value in supplied.items() if key in parameters} | arguments)
-
-
-def find(path: str) -> Callable[..., Any]:
-    """The object at a dotted import path; modules in the working directory are found too.
-
-    Raises:
-        RecipeError: nothing is there; names the nearest public name of the module.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise RecipeError(f"'{path}' is no import path; write package.module.Name.")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except MissingExtra:
-        raise
-    except ImportError as error:
-        raise RecipeError(f"cannot import '{module_name}' for '{path}': {error}. Is the file in the working directory?") from error
-    found: Any = getattr(module, name, None)
-    if not callable(found):
-        public = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
-        raise RecipeError(f"'{module_name}' has no '{name}'.{nearest(name, public)}")
-    return found  # type: ignore[no-any-return]
 
 
 def _lines(node: yaml.Node | None, where: Where) -> Iterator[tuple[Where, int]]:
@@ -264,36 +216,11 @@ def _check_argument(recipe: Recipe, where: Where, target: Callable[..., Any], va
             raise recipe.fail(where, f"nothing is named '{value[1:]}'.{nearest(value[1:], names)}")
     elif isinstance(value, dict) and "call" in value:
         _check_call(recipe, where, value)
-    elif isinstance(value, list) and not _is_plain(value):
+    elif isinstance(value, list) and not is_plain(value):
         for index, item in enumerate(value):
             _check_argument(recipe, (*where, index), target, item)
-    elif _is_plain(value) and isinstance(where[-1], str):
+    elif is_plain(value) and isinstance(where[-1], str):
         try:
-            _typed(target, where[-1], value)
+            typed(target, where[-1], value)
         except RecipeError as error:
             raise recipe.fail(where, str(error)) from error
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value holds neither a call nor a reference."""
-    if isinstance(value, dict):
-        return "call" not in value and all(_is_plain(item) for item in value.values())
-    if isinstance(value, list):
-        return all(_is_plain(item) for item in value)
-    return not (isinstance(value, str) and value.startswith("$"))
-
-
-def _typed(target: Callable[..., Any], name: str, value: Any) -> Any:
-    """A YAML value as the type that the parameter is annotated with: 1e-3 becomes a float, a list a tuple."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    annotation = get_type_hints(target.__init__ if inspect.isclass(target) else target).get(name)
-    if annotation is None:
-        return value
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=annotation)
-    try:
-        return parser.parse_object({"value": value}).value
-    except ArgumentError as error:
-        shown = getattr(annotation, "__name__", annotation) if inspect.isclass(annotation) else annotation
-        raise RecipeError(f"must be {shown}, got {value!r}.") from error

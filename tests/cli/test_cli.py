@@ -184,3 +184,13 @@ def test_episodes_are_run_compared_and_reported(tmp_path, monkeypatch, capsys, t
     verbs = five_verbs(frame)
     (per_task,) = verbs[verbs["metric"] == "bytes_per_task"]["mean"]
     assert per_task == last["value"].item() > 0  # every episode starts from the base state
+
+
+def test_a_vit_folder_takes_the_place_of_an_artifact(tmp_path, monkeypatch, tiny_vit, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_vit.save_pretrained(tmp_path / "vit")
+    few = ["--set", "seeds=[0]", "--set", "cells=[{stream: in turn, learners: [prototypes]}]", "--jobs", "1", "--out", "run"]
+    assert call("run", "digits-quick", "--set", "artifacts.backbone=vit", *few) == 0
+    assert "prototypes" in capsys.readouterr().out
+    assert call("run", "digits-quick", "--set", "artifacts.backbone=elsewhere", "--dry-run") == 2
+    assert "there is no folder" in capsys.readouterr().err

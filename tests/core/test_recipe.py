@@ -7,7 +7,8 @@ import yaml
 from recipe_files import GOOD
 
 from remanence.errors import RecipeError
-from remanence.recipe import build, find, read_recipe
+from remanence.calls import build, find
+from remanence.recipe import read_recipe
 
 
 @pytest.fixture
