@@ -35,6 +35,7 @@ from remanence.probes.statistics import interval
 
 Part = dict[str, Any]
 OURS, PARAMETERS_WITHIN = "memory M=5", 0.2
+PARTS_OF_OURS = ("head", "head + class token")
 RIVALS = ("VPT-deep M=5", "LoRA rank 1")
 QUICK_RATE = {arm: 1e-3 if arm == "full fine-tuning" else 1e-2 for arm in ARMS | STARTS}
 N_FEW, FEW_STEPS = 20, 300
@@ -119,7 +120,24 @@ def digits_part(quick: bool, n_processes: int) -> tuple[Part, list[Gate]]:
     deals = [Job("digits", OURS, seed, rate, shuffle=True) for seed in seeds]
     part["shuffled_labels"] = summary([result["accuracy"] for result in run_jobs(deals, n_processes).values()])
     print_comparison(part)
+    if not quick:
+        part["at_equal_rates"] = at_equal_rates(seeds, n_processes)
     return part, digits_gates(part, judged=not quick)
+
+
+def at_equal_rates(seeds: list[int], n_processes: int) -> dict[str, Any]:
+    """How much of the gated difference is the choice of rates: both sides at each of the four, all seeds. Not gated."""
+    jobs = [Job("digits", arm, seed, lr) for arm in (OURS, *PARTS_OF_OURS) for lr in RATES for seed in seeds]
+    found = run_jobs(jobs, n_processes)
+    values = {
+        (arm, lr): [found[Job("digits", arm, seed, lr)]["accuracy"] for seed in seeds] for arm in (OURS, *PARTS_OF_OURS) for lr in RATES
+    }
+    table: dict[str, Any] = {f"{arm} @ {lr:g}": summary(own) for (arm, lr), own in values.items()}
+    for other in PARTS_OF_OURS:
+        for lr in RATES:
+            table[f"{OURS} - {other} @ {lr:g}"] = paired(values[OURS, lr], values[other, lr])
+            print(f"  rate {lr:g}, {OURS} - {other}: {points(table[f'{OURS} - {other} @ {lr:g}'])}")
+    return table
 
 
 def digits_gates(part: Part, judged: bool) -> list[Gate]:
@@ -127,7 +145,7 @@ def digits_gates(part: Part, judged: bool) -> list[Gate]:
     gates = [size_gate(part, "M4")]
     if not judged:
         return gates
-    for other in ("head", "head + class token"):
+    for other in PARTS_OF_OURS:
         value = part["differences"][f"{OURS} - {other}"]
         seen = f"{points(value)}, {value['mean'] / value['standard_error']:.1f} s.e., n {value['n']:.0f}"
         gates.append(Gate("M4", f"{OURS} - {other}: paired mean > 2 s.e.", seen, value["mean"] > 2 * value["standard_error"]))

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from recipe_files import GOOD
 
-from remanence.errors import RecipeError
 from remanence.calls import build, find
+from remanence.errors import RecipeError
 from remanence.recipe import read_recipe
 
 
