@@ -14,7 +14,7 @@ from remanence.recipes import shipped
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LEARNER_ROOMS = ("weights",)
+_LEARNER_ROOMS = ("weights", "tokens")
 
 
 def listing() -> "Table":
