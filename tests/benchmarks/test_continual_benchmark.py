@@ -110,6 +110,27 @@ def _seen(part):
     return [gate["seen"] for gate in _result("continual")["gates"] if gate["row"] == part]
 
 
+def _memory(part):
+    return _result("memory_tokens")["parts"][part]
+
+
+def _points(value, sign="+"):
+    low, high = value["low"], value["high"]
+    return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def _memory_minus(*others):
+    return [_points(_memory("M4")["differences"][f"memory M=5 - {other}"]) for other in others]
+
+
+def _memory_at(rate):
+    return [_points(_memory("M4")["at_equal_rates"][f"memory M=5 - {other} @ {rate}"]) for other in ("head", "head + class token")]
+
+
+def _memory_seen(part, word=""):
+    return [gate["seen"] for gate in _memory(part)["gates"] if word in gate["criterion"]]
+
+
 QUOTED = {
     "Fine-tuning on a stream": lambda: [_value("in turn", "fine-tuning", metric) for metric in ("average_accuracy", "forgetting_first")],
     "The same learner on the union": lambda: [_value("all at once", "joint", "average_accuracy")],
@@ -120,6 +141,14 @@ QUOTED = {
         _value("told", "LoRA per task", metric) for metric in ("forgetting_first", "average_accuracy")
     ],
     "The harness costs": lambda: [_overhead("no probes (gated)"), _overhead("accuracy every 19 steps")],
+    "Memory tokens under the mask": lambda: _memory_seen("M1"),
+    "Memory tokens beat a head": lambda: [*_memory_minus("head", "head + class token"), *_memory_at("0.01"), *_memory_at("0.03")],
+    "Beyond five memory tokens": lambda: _memory_minus("memory M=20"),
+    "At equal trainable parameters": lambda: _memory_minus("LoRA rank 1", "VPT-deep M=5", "full fine-tuning"),
+    "Memories trained apart": lambda: [_points(_memory("M5")["points_lost_by_first"][mask], "") for mask in ("table", "none")],
+    "A task taken out": lambda: _memory_seen("M5", "middle of three"),
+    "Many tasks in one pass": lambda: _memory_seen("M6"),
+    "Memory does not transfer": lambda: [_points(_memory("M8")["extension - concatenation"])],
 }
 
 
