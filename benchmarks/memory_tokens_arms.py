@@ -121,7 +121,7 @@ def few_of(task: Task, n: int, seed: int) -> Task:
 def pretrained(dataset: str, seed: int) -> PretrainedViT:
     """400 steps on classes 0-4; on Omniglot 40 passes over eight background alphabets, one backbone for all seeds."""
     name = dataset.partition(":")[0]
-    source = source_of(name if name == "omniglot" else dataset, "old")
+    source: Any = source_of(name if name == "omniglot" else dataset, "old")
     if name == "omniglot":
         return PretrainedViT(source, patch=7, epochs=40, seed=0)
     epochs = max(1, round(400 * 64 / len(source.train)))

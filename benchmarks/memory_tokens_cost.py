@@ -75,7 +75,7 @@ def law(n_tasks: int, n_tokens: int) -> float:
 def cost_part(quick: bool) -> tuple[Part, list[Gate]]:
     """M6."""
     memory = build(SHAPE, 4 if quick else max(TASKS))
-    memory.model.config.output_hidden_states = False
+    memory.view.trunk.config.output_hidden_states = False
     pixels = images(memory.model, BATCH)
     pixels = pixels.expand(-1, SHAPE["num_channels"], -1, -1).contiguous()
     calls = contenders(memory, pixels)

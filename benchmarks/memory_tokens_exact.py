@@ -139,7 +139,7 @@ def tables_agree() -> bool:
 @torch.no_grad()
 def against_the_mask(quick: bool) -> tuple[Part, list[Gate]]:
     """M2 and M3: the side stream equals one masked sequence, and M1's check notices a wrong mask."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, shape in SHAPES.items():
         model = classifier(shape)
         memory, pixels = with_graph(model), images(model, 3)

@@ -79,9 +79,10 @@ def _layer(block: Any, hidden: Tensor, memories: list[tuple[TaskMemory, Tensor]]
     joined = torch.cat([normed, rows.expand(len(hidden), -1, -1)], 1)
 
     def split(value: Tensor) -> Tensor:
-        return value.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        return value.reshape(*value.shape[:2], attention.num_attention_heads, -1).transpose(1, 2)
 
     query, key, value = split(attention.q_proj(normed)), split(attention.k_proj(joined)), split(attention.v_proj(joined))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed.to(hidden.device))
     hidden = hidden + attention.o_proj(attended.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.layernorm_after(hidden))
+    finished: Tensor = hidden + block.mlp(block.layernorm_after(hidden))
+    return finished
