@@ -89,7 +89,13 @@ class Data:
         return len(self.ids)
 
     def steps(self, epochs: int, size: int) -> int:
-        """How many batches of `size` make `epochs` passes; 0 for an empty table."""
+        """How many batches of `size` make `epochs` passes; 0 for an empty table.
+
+        Raises:
+            SettingError: the rows may be seen once, and `epochs` is more.
+        """
+        if self.one_pass and epochs > 1:
+            raise SettingError(f"epochs={epochs}, but these {len(self)} examples may be seen once; set epochs: 1.")
         return -(-len(self) * epochs // max(1, min(size, len(self))))
 
     def rows(self, step: int, size: int, *key: Key) -> Tensor:

@@ -41,7 +41,7 @@ def test_a_folder_of_a_bare_model(plain, tasks):
     assert host(tasks[0].test.inputs[:0]).shape == (0, 16)
     assert not host.training
     with pytest.raises(SettingError, match="came without a head"):
-        host.old_logits(tasks[0].test.inputs)
+        host.answer_old(host(tasks[0].test.inputs))
 
 
 def test_a_folder_with_a_pooling_layer(tmp_path, tasks):
@@ -58,7 +58,7 @@ def test_a_folder_of_a_classifier_answers_its_old_task(classifier, tasks):
     with no_progress_bar():
         model = ViTForImageClassification.from_pretrained(classifier).eval()
     wanted = model(pixel_values=(tasks[0].test.inputs - 0.5) / 0.5).logits
-    assert torch.allclose(host.old_logits(tasks[0].test.inputs), wanted, atol=1e-6)
+    assert torch.allclose(host.answer_old(host(tasks[0].test.inputs)).logits, wanted, atol=1e-6)
 
 
 def test_header_and_pixel_statistics_are_read(classifier, tasks):

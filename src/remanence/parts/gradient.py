@@ -141,8 +141,6 @@ class GradientLearner(Learner, ABC):
 
     def learn(self, task: Task) -> Steps:
         data = self._require(task)
-        if data.one_pass and self.epochs > 1:
-            raise SettingError(f"{type(self).__name__}: epochs={self.epochs}, but '{task.name}' may be seen once; set epochs: 1.")
         n_steps = data.steps(self.epochs, self.batch_size)
         return run_verb(
             self.cursor,
@@ -242,8 +240,8 @@ class GradientLearner(Learner, ABC):
     def predict(self, inputs: Tensor, task: str | None = None, reader: str = "") -> Prediction:
         self.host.require_fit(inputs, task or "inputs")
         inputs = inputs.to(self.device)
-        if task is not None and task == self.host.name and self.host.classes:
-            return Prediction(self.host.old_logits(inputs), torch.tensor(self.host.classes, device=self.device))
+        if self.host.is_old(task):
+            return self.host.answer_old(self.host(inputs))
         if not self.head.classes:
             return Prediction(inputs.new_empty(len(inputs), 0), torch.empty(0, dtype=torch.int64, device=self.device))
         logits, labels = self.head(self._features(inputs)), self.head.labels(self.device)

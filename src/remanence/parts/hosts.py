@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.errors import DataError, SettingError
+from remanence.learner import Prediction
 
 
 class VisionHost(nn.Module):
@@ -64,12 +65,19 @@ class VisionHost(nn.Module):
         hidden: Tensor = self.vit(pixel_values=pixels.sub(self.mean).div_(self.std)).last_hidden_state
         return hidden[:, 0]
 
-    def old_logits(self, pixels: Tensor) -> Tensor:
-        """(B, old classes) answers of the model's own head."""
+    def is_old(self, task: str | None) -> bool:
+        """Whether this is the task that the model came with, which its own head answers."""
+        return task is not None and task == self.name and bool(self.classes)
+
+    def answer_old(self, features: Tensor) -> Prediction:
+        """What the model's own head says of features (B, D).
+
+        Raises:
+            SettingError: the model came without a head.
+        """
         if self.old_head is None:
             raise SettingError("this backbone came without a head; there is no old task to answer.")
-        logits: Tensor = self.old_head(self(pixels))
-        return logits
+        return Prediction(self.old_head(features), torch.tensor(self.classes, device=features.device))
 
     def require_fit(self, inputs: Tensor, name: str) -> None:
         """Refuse images that the model cannot take.

@@ -122,8 +122,6 @@ class PerTaskLearner(Learner, ABC):
     def learn(self, task: Task) -> Steps:
         data = require_learnable(self, task)
         self.host.require_fit(data.inputs, task.name)
-        if data.one_pass and self.epochs > 1:
-            raise SettingError(f"{type(self).__name__}: epochs={self.epochs}, but '{task.name}' may be seen once; set epochs: 1.")
         n_steps = data.steps(self.epochs, self.batch_size)
         return run_verb(
             self.cursor,
@@ -200,9 +198,8 @@ class PerTaskLearner(Learner, ABC):
         inputs = inputs.to(self.device)
         if task is not None and task in self._tasks():
             return Prediction(self._logits(inputs, task), torch.tensor(self._classes(task), device=self.device))
-        if task is not None and task == self.host.name and self.host.classes:
-            logits: Tensor = self.host.old_head(self._plain_features(inputs))  # type: ignore[misc]
-            return Prediction(logits, torch.tensor(self.host.classes, device=self.device))
+        if self.host.is_old(task):
+            return self.host.answer_old(self._plain_features(inputs))
         if self.router == "oracle" and self._tasks() and task is None:
             raise SettingError(
                 f"{type(self).__name__} with router: oracle must be told the task's name; use a stream with task_id_at_test, or "
