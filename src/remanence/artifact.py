@@ -41,9 +41,11 @@ class Artifact(ABC):
 
     Attributes:
         kind: first part of the cache folder's name.
+        version: raised whenever `build` comes to make something else of the same settings, so that no old folder is read.
     """
 
     kind: str
+    version: int = 1
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Artifact(ABC):
 
     def fingerprint(self) -> str:
         """Hash of the settings; equal fingerprints mean equal artifacts."""
-        content = json.dumps({"kind": self.kind, **self.settings()}, sort_keys=True)
+        content = json.dumps({"kind": self.kind, "version": self.version, **self.settings()}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
