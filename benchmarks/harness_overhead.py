@@ -5,7 +5,7 @@
 
 Both sides train the demo's backbone (8 x 8 digits, patch 2, width 64, depth 4; batch 32) on all ten classes at once and
 end with the same weights, bit for bit. The harness side is `CellRunner` driving `FineTuning`: generator, keyed batches,
-keyed random numbers, progress, tally, finite check, ledger and checkpoints at their default; no probe runs during the
+progress, tally, finite check, ledger and checkpoints at their default; no probe runs during the
 event of the gated row. The hand-written side indexes precomputed permutations, has its targets mapped to columns beforehand,
 sets the cosine's rate, and never reads the loss. The model is the same module on both sides: it takes pixels and normalises
 them itself, as the deployed one does.

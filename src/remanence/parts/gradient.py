@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.errors import DataError, SettingError
-from remanence.keys import keyed_rng
 from remanence.learner import STOP, Cursor, Footprint, Learner, Prediction, Progress, Steps, require_learnable
 from remanence.parts.heads import ClassHead
 from remanence.parts.hosts import VisionHost
@@ -192,7 +191,8 @@ class GradientLearner(Learner, ABC):
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * warm_cosine(step, n_steps)
-        with torch.enable_grad(), keyed_rng(self.seed, self.cursor.verb, self.cursor.task, step):
+        # the host runs in evaluation mode, so that nothing here draws from the global generators
+        with torch.enable_grad():
             loss, n_examples = loss_of()
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -21,6 +21,8 @@ from remanence.learner import Prediction
 class VisionHost(nn.Module):
     """A Hugging Face ViT as a feature extractor, together with the head that it came with.
 
+    It stays in evaluation mode, also while it is fine-tuned: dropout of a user's backbone would make its answers random.
+
     Args:
         vit: a `transformers.ViTModel`, or any module with the same forward and config.
         name: the task that the model was trained for; a bystander of this name is answered by the old head.

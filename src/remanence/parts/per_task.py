@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.errors import ErasureNotSupported, SettingError
-from remanence.keys import keyed_rng
 from remanence.learner import Cursor, Footprint, Learner, Prediction, Steps, require_learnable
 from remanence.parts.gradient import run_verb
 from remanence.parts.heads import PrototypeHead, nearest_mean_logits
@@ -154,7 +153,8 @@ class PerTaskLearner(Learner, ABC):
         columns = (targets[:, None] == torch.tensor(self._classes(task.name), device=self.device)).int().argmax(1)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * warm_cosine(step, n_steps, self.warm_share)
-        with torch.enable_grad(), keyed_rng(self.seed, "learn", task.name, step):
+        # the host runs in evaluation mode, so that nothing here draws from the global generators
+        with torch.enable_grad():
             loss = F.cross_entropy(self._training_logits(task, data, rows), columns)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
