@@ -12,6 +12,7 @@ made it. Exit code 1 when a gate of a part that was run fails; --quick writes on
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -61,6 +62,15 @@ def run_part(name: str, quick: bool, jobs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def plain(value: Any) -> Any:
+    """The value with NaN, the interval of a single seed, as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def merge(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
     """The file's parts with these put in, in the order of `PARTS`; gates of all of them in one list."""
     before = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
@@ -87,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             part = run_part(name, options.quick, options.jobs)
             held &= all(gate["passed"] for gate in part["gates"])
             if path is not None:
-                write_whole(path, json.dumps(merge(path, {name: part}), indent=1, allow_nan=False) + "\n")
+                write_whole(path, json.dumps(merge(path, {name: plain(part)}), indent=1, allow_nan=False) + "\n")
     return 0 if held else 1
 
 

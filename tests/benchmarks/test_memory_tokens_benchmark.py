@@ -173,3 +173,8 @@ def test_quick_leaves_the_committed_figures_alone(benchmark, monkeypatch, tmp_pa
     monkeypatch.setitem(benchmark.PARTS, "M1", _part(True))
     assert benchmark.main(["--only", "M1", "--quick"]) == 0
     assert not benchmark.RESULT.exists()
+
+
+def test_the_interval_of_one_seed_becomes_null(benchmark):
+    found = {"rows": [(0.5, float("nan"))], "n": 1, "gates": []}
+    assert benchmark.plain(found) == {"rows": [[0.5, None]], "n": 1, "gates": []}
