@@ -131,12 +131,13 @@ def check(recipe: Recipe) -> list[str]:
         RemanenceError: a setting is out of range, a pair is impossible, an artifact saw a stream's test data.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folders, artifacts = {}, {}
+        folders: dict[str, Path] = {}
+        artifacts: dict[str, Artifact] = {}
+        builder = Builder(recipe, folders)
         for name in recipe.tree.get("artifacts") or {}:
-            artifacts[name] = Builder(recipe, {}).artifact(name)
+            artifacts[name] = builder.artifact(name)
             folders[name] = Path(scratch) / name
             artifacts[name].sketch(folders[name])
-        builder = Builder(recipe, folders)
         builder.probes()
         streams = {name: builder.stream(name, recipe.seeds[0]) for name in recipe.tree["streams"]}
         for artifact_name, artifact in artifacts.items():

@@ -4,7 +4,6 @@ Axes: B batch, C classes of a task, D width, M tokens per layer.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +146,7 @@ class VPTDeep(PerTaskLearner):
         self,
         backbone: str | Path | nn.Module,
         tokens: int = 5,
-        router: Literal["prototype", "energy", "confidence", "oracle"] = "prototype",
+        router: Router = "prototype",
         epochs: int = 15,
         batch_size: int = 32,
         lr: float = 1e-2,
