@@ -1,8 +1,11 @@
-"""Real images, and the ways of cutting them into a stream of tasks.
+"""Real images and text, and the ways of cutting them into a stream of tasks.
 
 A *source* is a labelled set: `digits`, `omniglot`, `fashion_mnist`, `image_folder`; `turned` makes new classes of one and
 `part` keeps rows apart for pretraining. A *scenario* cuts a source into a stream: `split_classes`, `domains`, `permuted`,
 `episodes`. A *schedule* presents a stream anew: `joint`, `online`, `alone`, `learn_then_forget`.
+
+A *text source* is documents, some to learn and some to test on: `python_documentation`, `text_folder`, `text_dataset`. `windows`
+packs them into next-token windows, which a `TokenDataset` walks in a seeded, resumable order.
 
 Example:
     >>> stream = learn_then_forget(split_classes(part(digits(), "stream"), per_task=5), forget=[1])
@@ -16,9 +19,12 @@ from remanence.streams.known import digits, fashion_mnist, omniglot
 from remanence.streams.scenarios import domains, permuted, split_classes
 from remanence.streams.schedules import alone, joint, learn_then_forget, online
 from remanence.streams.source import Source, part, turned
+from remanence.streams.text import TextSource, TokenDataset, python_documentation, text_dataset, text_folder, windows
 
 __all__ = [
     "Source",
+    "TextSource",
+    "TokenDataset",
     "alone",
     "digits",
     "domains",
@@ -31,6 +37,10 @@ __all__ = [
     "online",
     "part",
     "permuted",
+    "python_documentation",
     "split_classes",
+    "text_dataset",
+    "text_folder",
     "turned",
+    "windows",
 ]
