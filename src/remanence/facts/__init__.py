@@ -1,9 +1,23 @@
 """Single facts: records, worlds to invent them in, schedules on which they are spliced into a running training."""
 
+from remanence.facts.injection import FactInjector
 from remanence.facts.records import Fact, FactSet, Prefix
+from remanence.facts.rehearsals import rehearsals, without_rehearsals
+from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
+from remanence.facts.splicing import SplicedDataset, require_order
 
 __all__ = [
+    "Expanding",
     "Fact",
+    "FactInjector",
     "FactSet",
+    "Massed",
+    "Poisson",
     "Prefix",
+    "Schedule",
+    "Spaced",
+    "SplicedDataset",
+    "rehearsals",
+    "require_order",
+    "without_rehearsals",
 ]
