@@ -4,7 +4,8 @@ Source: the record follows the Outlandish data of Sun et al. 2025 (arXiv 2504.09
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -38,7 +39,7 @@ class Fact:
     context: str
     subject: str = ""
     stone: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.keyword or self.keyword != self.keyword.strip():
@@ -77,12 +78,21 @@ class Prefix:
         id: shown in tables.
         subject: where it equals a fact's subject, the prefix asks for the fact in other words: a paraphrase probe, not a priming
             probe, for that fact.
+        extra: fields of the file that this class does not know.
+
+    Raises:
+        DataError: there are no words.
     """
 
     theme: str
     prefix: str
     id: str = ""
     subject: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.prefix.strip():
+            raise DataError(f"a prefix of theme '{self.theme}' (id '{self.id}') is empty; a probe needs words that call for the keyword.")
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,7 @@ class FactSet(Sequence[Fact]):
     prefixes: tuple[Prefix, ...] = ()
 
     def __post_init__(self) -> None:
-        ids = [fact.id for fact in self.facts]
-        repeated = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+        repeated = sorted(name for name, count in Counter(fact.id for fact in self.facts).items() if count > 1)
         if repeated:
             raise DataError(f"{len(repeated)} ids of facts occur more than once (first three: {repeated[:3]}); give every fact its own.")
 
@@ -114,14 +123,19 @@ class FactSet(Sequence[Fact]):
     @overload
     def __getitem__(self, index: slice) -> "FactSet": ...
     def __getitem__(self, index: int | slice) -> "Fact | FactSet":
-        return FactSet(self.facts[index], self.prefixes) if isinstance(index, slice) else self.facts[index]
+        return self._part(self.facts[index]) if isinstance(index, slice) else self.facts[index]
 
     def __iter__(self) -> Iterator[Fact]:
         return iter(self.facts)
 
     def where(self, keep: Callable[[Fact], bool]) -> "FactSet":
-        """The facts for which `keep` holds, with all prefixes."""
-        return FactSet(tuple(fact for fact in self.facts if keep(fact)), self.prefixes)
+        """The facts for which `keep` holds, with all prefixes but those that ask for a fact left out."""
+        return self._part(tuple(fact for fact in self.facts if keep(fact)))
+
+    def _part(self, facts: tuple[Fact, ...]) -> "FactSet":
+        # a paraphrase that outlived its fact would pass for a priming prefix, and the part be measured by other probes than the whole
+        gone = _asked(self.facts) - _asked(facts)
+        return FactSet(facts, tuple(prefix for prefix in self.prefixes if (prefix.theme, prefix.subject) not in gone))
 
     @property
     def themes(self) -> tuple[str, ...]:
@@ -129,13 +143,19 @@ class FactSet(Sequence[Fact]):
         return tuple(dict.fromkeys(fact.theme for fact in self.facts))
 
     def priming_prefixes(self, fact: Fact) -> tuple[Prefix, ...]:
-        """The theme's prefixes that do not ask for the fact itself."""
-        return tuple(prefix for prefix in self.prefixes if prefix.theme == fact.theme and not _asks_for(prefix, fact))
+        """The theme's prefixes that ask neither for the fact itself nor for another of this set: the same for all facts of a theme.
+
+        A prefix that asks for another fact would show how that one was learned, not how this one spreads.
+        """
+        asked = _asked((*self.facts, fact))
+        return tuple(prefix for prefix in self.prefixes if prefix.theme == fact.theme and (prefix.theme, prefix.subject) not in asked)
 
     def paraphrases(self, fact: Fact) -> tuple[Prefix, ...]:
         """The prefixes that ask for the fact in other words."""
-        return tuple(prefix for prefix in self.prefixes if _asks_for(prefix, fact))
+        asked = _asked([fact])
+        return tuple(prefix for prefix in self.prefixes if (prefix.theme, prefix.subject) in asked)
 
 
-def _asks_for(prefix: Prefix, fact: Fact) -> bool:
-    return bool(fact.subject) and prefix.subject == fact.subject and prefix.theme == fact.theme
+def _asked(facts: Iterable[Fact]) -> set[tuple[str, str]]:
+    """Theme and subject of facts; a prefix with both asks for the fact."""
+    return {(fact.theme, fact.subject) for fact in facts if fact.subject}
