@@ -4,6 +4,7 @@ from remanence.facts.injection import FactInjector
 from remanence.facts.records import Fact, FactSet, Prefix
 from remanence.facts.rehearsals import rehearsals, without_rehearsals
 from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
+from remanence.facts.scoring import KeywordScorer, KeywordScores, any_of
 from remanence.facts.splicing import SplicedDataset, require_order
 
 __all__ = [
@@ -11,12 +12,15 @@ __all__ = [
     "Fact",
     "FactInjector",
     "FactSet",
+    "KeywordScorer",
+    "KeywordScores",
     "Massed",
     "Poisson",
     "Prefix",
     "Schedule",
     "Spaced",
     "SplicedDataset",
+    "any_of",
     "rehearsals",
     "require_order",
     "without_rehearsals",
