@@ -1,13 +1,16 @@
 """Single facts: records, worlds to invent them in, schedules on which they are spliced into a running training."""
 
+from remanence.facts.files import read, write
 from remanence.facts.injection import FactInjector
 from remanence.facts.records import Fact, FactSet, Prefix
 from remanence.facts.rehearsals import rehearsals, without_rehearsals
 from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
 from remanence.facts.scoring import KeywordScorer, KeywordScores, any_of
 from remanence.facts.splicing import SplicedDataset, require_order
+from remanence.facts.world import ClosedWorld, closed_world
 
 __all__ = [
+    "ClosedWorld",
     "Expanding",
     "Fact",
     "FactInjector",
@@ -21,7 +24,10 @@ __all__ = [
     "Spaced",
     "SplicedDataset",
     "any_of",
+    "closed_world",
+    "read",
     "rehearsals",
     "require_order",
     "without_rehearsals",
+    "write",
 ]
