@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from remanence.artifact import Artifact
 from remanence.learner import Learner
 from remanence.probe import Probe
 from remanence.recipes import shipped
@@ -39,7 +40,7 @@ def _entries() -> dict[str, list[tuple[str, str]]]:
         "recipes": recipes,
         "streams": _public("remanence.streams", object),
         "learners": [entry for room in _LEARNER_ROOMS for entry in _public(f"remanence.{room}", Learner)],
-        "artifacts": [("remanence.parts.PretrainedViT", _doc(import_module("remanence.parts").PretrainedViT))],
+        "artifacts": _public("remanence.parts", Artifact),
         "probes": _public("remanence.probes", Probe),
     }
 
