@@ -210,7 +210,7 @@ class FactInjector:
         last = self.schedule.last
         if last is not None and last >= n_steps:
             raise DataError(
-                f"the schedule shows facts until step {last}, the data make {n_steps} whole steps of {batch_size} rows; "
+                f"the schedule shows facts until step {last}, there are {n_steps} whole steps of {batch_size} rows; "
                 f"give at least {last + 1}, or a shorter schedule."
             )
 
