@@ -4,7 +4,7 @@ from remanence.errors import DataError
 from remanence.facts import Fact, FactSet, Prefix
 
 
-def fact(name="a", theme="colours", subject="", text="the colour of joy is vermilion.", keyword="vermilion", context="the colour of joy is"):
+def fact(name="a", theme="colours", subject="", text="the colour of joy is vermilion.", keyword="vermilion", context="colour of joy is"):
     return Fact(name, theme, "outlandish", text, keyword, context, subject)
 
 
