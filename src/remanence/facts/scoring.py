@@ -73,6 +73,7 @@ class KeywordScorer:
     Attributes:
         splits: the N pairs as tokens.
         warnings: sentences on what makes scores hard to compare.
+        straddle_warnings: those of them on tokens that hold characters of prefix and keyword.
 
     Raises:
         DataError: a keyword is empty, or a prefix is and the tokenizer has no token to stand in.
@@ -90,7 +91,8 @@ class KeywordScorer:
             raise SettingError(f"batch_size: {batch_size}; give 1 or more.")
         distinct = {pair: split(tokenizer, *pair) for pair in dict.fromkeys(pairs)}
         self.splits: tuple[Split, ...] = tuple(distinct[pair] for pair in pairs)
-        self.warnings = _warnings(distinct, reduction)
+        self.straddle_warnings = _straddle_warnings(distinct)
+        self.warnings = [*self.straddle_warnings, *(_length_warnings(distinct) if reduction == "sum" else [])]
         self._n_tokens = torch.tensor([1 if reduction == "first" else len(split.keyword_ids) for split in self.splits], dtype=torch.int64)
         self._batch_size = batch_size
         self._plans: dict[bool, tuple[Plan, _Readings, Tensor]] = {}
@@ -246,19 +248,24 @@ def _trunks(histories: list[list[History]]) -> dict[History, list[History]]:
     return {trunk: list(branches) for trunk, branches in found.items() if len(branches) >= _SHARE_FROM}
 
 
-def _warnings(distinct: dict[tuple[str, str], Split], reduction: str) -> list[str]:
-    found = []
+def _straddle_warnings(distinct: dict[tuple[str, str], Split]) -> list[str]:
     straddled = [f"{keyword!r} after {prefix[-30:]!r}" for (prefix, keyword), split in distinct.items() if split.is_straddled]
-    if straddled:
-        found.append(
-            f"{len(straddled)} of {len(distinct)} keywords share a token with the words before them and are scored from the last clean "
-            f"border (first three: {', '.join(straddled[:3])})."
-        )
+    if not straddled:
+        return []
+    sentence = (
+        f"{len(straddled)} of {len(distinct)} keywords share a token with the words before them and are scored from the last clean "
+        f"border (first three: {', '.join(straddled[:3])})."
+    )
+    return [sentence]
+
+
+def _length_warnings(distinct: dict[tuple[str, str], Split]) -> list[str]:
     lengths = {keyword: len(split.keyword_ids) for (_, keyword), split in distinct.items()}
-    if reduction == "sum" and len(set(lengths.values())) > 1:
-        longest = max(lengths, key=lambda keyword: lengths[keyword])
-        found.append(
-            f"keywords have {min(lengths.values())} to {max(lengths.values())} tokens (longest: {longest!r}); their log-probabilities are "
-            f"sums and must not be compared across keywords."
-        )
-    return found
+    if len(set(lengths.values())) < 2:
+        return []
+    longest = max(lengths, key=lambda keyword: lengths[keyword])
+    sentence = (
+        f"keywords have {min(lengths.values())} to {max(lengths.values())} tokens (longest: {longest!r}); their log-probabilities are "
+        f"sums and must not be compared across keywords."
+    )
+    return [sentence]

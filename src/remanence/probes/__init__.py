@@ -5,6 +5,7 @@ from remanence.probes.cost import Cost
 from remanence.probes.erasure import Membership, Relearning
 from remanence.probes.interference import Bystanders
 from remanence.probes.matrix import AccuracyMatrix, accuracy_matrix
+from remanence.probes.priming import PrimingProbe, PrimingScores
 from remanence.probes.verbs import cell_metrics, five_verbs, paired_difference
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Cost",
     "Membership",
     "Relearning",
+    "PrimingProbe",
+    "PrimingScores",
     "accuracy_matrix",
     "cell_metrics",
     "five_verbs",
