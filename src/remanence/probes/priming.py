@@ -15,11 +15,10 @@ Axes: F facts; J prefixes of all themes; M pairs of a fact and a priming prefix;
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from scipy.special import logsumexp
 from torch import Tensor, nn
@@ -28,6 +27,9 @@ from remanence.errors import SettingError, StateMismatchError
 from remanence.facts.records import FactSet
 from remanence.facts.scoring import KeywordScorer
 from remanence.state import State
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _Array = npt.NDArray[Any]
 
@@ -92,7 +94,7 @@ class PrimingScores:
             raise SettingError("these scores have no control words: the probe was built with n_controls=0.")
         return _nearest(self.table, self.rows, self.prefix_log_p[self.layout.own], self.layout)
 
-    def since(self, before: "PrimingScores") -> pd.DataFrame:
+    def since(self, before: "PrimingScores") -> "pd.DataFrame":
         """What changed from `before` to these scores, one row a fact; NaN where a fact has no such prefix.
 
         With D_j the change of the keyword's log-probability on priming prefix j:
@@ -119,6 +121,8 @@ class PrimingScores:
 
         Source: Sun et al. 2025 (arXiv 2504.09522) for S_mem and S_prime. ours: all other columns.
         """
+        import pandas as pd
+
         if before.layout is not self.layout:
             raise SettingError("the two scores come from different probes; take both with one PrimingProbe.")
         change = _change(before, self)
