@@ -2,6 +2,7 @@
 
 from remanence.facts.files import read, write
 from remanence.facts.injection import FactInjector
+from remanence.facts.pararel import read_pararel
 from remanence.facts.records import Fact, FactSet, Prefix
 from remanence.facts.rehearsals import rehearsals, without_rehearsals
 from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
@@ -26,6 +27,7 @@ __all__ = [
     "any_of",
     "closed_world",
     "read",
+    "read_pararel",
     "rehearsals",
     "require_order",
     "without_rehearsals",
