@@ -115,14 +115,17 @@ def load_tokenizer(folder: str | Path) -> Any:
         return _bare_tokenizer(folder)
     from transformers import AutoTokenizer
 
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    advice = "Save it there with tokenizer.save_pretrained, or put its tokenizer.json there."
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a missing file is an OSError, TypeError or ValueError, depending on the family
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise DataError(
-            f"no tokenizer can be read from {folder} (found: {found}; {type(error).__name__}: {error}). "
-            f"Save it there with tokenizer.save_pretrained, or put its tokenizer.json there."
-        ) from error
+        raise DataError(f"no tokenizer can be read from {folder} (found: {found}; {type(error).__name__}: {error}). {advice}") from error
+    files = {"tekken.json", "tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if tokenizer.vocab_files_names and not any((folder / name).exists() for name in files):
+        # transformers guessed a class from config.json and gave it an empty vocabulary
+        raise DataError(f"{folder} has no file of a tokenizer (found: {found}). {advice}")
+    return tokenizer
 
 
 def _bare_tokenizer(folder: Path) -> Any:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 # often packaged apart from Python itself, or differing by platform; `this` and `antigravity` are jokes
@@ -24,7 +25,8 @@ _WORD = re.compile(r"[A-Za-z][a-z]*(?:'[a-z]+)?[.,;:!?]*")
 _MIN_WORDS, _MIN_WORD_SHARE = 8, 0.9
 
 
-def documentation() -> list[str]:
+@lru_cache(maxsize=1)
+def documentation() -> tuple[str, ...]:
     """Documents in a fixed order: a chapter or a module each, its paragraphs parted by blank lines, none of them twice."""
     seen: set[str] = set()
     documents = []
@@ -34,7 +36,7 @@ def documentation() -> list[str]:
         seen.update(fresh)
         if fresh:
             documents.append("\n\n".join(fresh))
-    return documents
+    return tuple(documents)
 
 
 def _chapters() -> Iterator[str]:

@@ -11,8 +11,9 @@ Example:
 import gzip
 import hashlib
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ class TextSource:
         return digest.hexdigest()
 
 
-@lru_cache(maxsize=4)
 def python_documentation(test_share: float = 0.1) -> TextSource:
     """Python's own documentation, about 0.7 MB of real English that is on every machine: language reference and docstrings.
 
@@ -175,11 +175,11 @@ def _column(dataset: Any, column: str, name: str) -> list[str]:
     return texts
 
 
-def _distinct(texts: list[str]) -> list[str]:
+def _distinct(texts: Iterable[str]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text.strip()]
 
 
-def _divided(name: str, texts: list[str], test_share: float) -> TextSource:
+def _divided(name: str, texts: Iterable[str], test_share: float) -> TextSource:
     """A fixed share of the distinct documents as test, drawn from the name; both sides keep the order."""
     if not 0 < test_share < 1:
         raise SettingError(f"test_share: {test_share} lies outside (0, 1).")
