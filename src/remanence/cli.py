@@ -1,4 +1,4 @@
-"""The command line: run a recipe, compare runs, write the report, list what there is."""
+"""The command line: run a recipe, compare runs, write the report, trace and erase facts, list what there is."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remanence.commands import trace
 from remanence.errors import CellBusy, NonFiniteLoss, NotDeterministic, RecipeError, RemanenceError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     report.set_defaults(command=_report)
 
+    trace.add(commands, shape)
+
     example = "example:\n  remanence list"
     listing = commands.add_parser("list", help="what there is", description=example, formatter_class=shape)
     listing.set_defaults(command=_list)
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from remanence import grid
+    from remanence.progress import terminal
     from remanence.recipe import read_recipe
     from remanence.recipes import recipe_path
 
@@ -86,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"--jobs {arguments.jobs}: give at least 1 process.")
     recipe = read_recipe(recipe_path(arguments.recipe), _overrides(arguments.overrides))
     folder = arguments.out or Path("runs") / f"{recipe.name}-{recipe.run}"
-    console = _console()
+    console = terminal()
     cells = grid.cells_of(recipe)
     stated = f", stated to take {recipe.tree['minutes']} minutes on two cores" if recipe.is_stated and "minutes" in recipe.tree else ""
     console.print(f"{recipe.name}: {len(cells)} cells ({len(recipe.grid())} pairs x {len(recipe.seeds)} seeds){stated}")
@@ -132,23 +136,26 @@ def _conclude(recipe: "Recipe", folder: Path, console: "Console") -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from remanence.ledger import Ledger
+    from remanence.progress import terminal
     from remanence.report import compare_table
 
-    _console().print(compare_table([Ledger.open(run) for run in arguments.runs]))
+    terminal().print(compare_table([Ledger.open(run) for run in arguments.runs]))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from remanence.progress import terminal
     from remanence.report import write_report
 
-    _console().print(str(write_report(arguments.run, arguments.out)), soft_wrap=True, highlight=False)
+    terminal().print(str(write_report(arguments.run, arguments.out)), soft_wrap=True, highlight=False)
     return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
     from remanence.listing import listing
+    from remanence.progress import terminal
 
-    _console().print(listing())
+    terminal().print(listing())
     return 0
 
 
@@ -157,10 +164,3 @@ def _overrides(settings: list[str]) -> dict[str, str]:
         if "=" not in setting:
             raise RecipeError(f"--set {setting}: write it as KEY=VALUE, for example --set seeds=[0,1].")
     return dict(setting.split("=", 1) for setting in settings)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # without a terminal rich assumes 80 columns, too few for the table
-    return Console(width=None if sys.stdout.isatty() else 120)

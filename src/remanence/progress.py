@@ -1,5 +1,6 @@
 """What the person who waits sees: a bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from remanence.learner import Progress as Step
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def terminal() -> Console:
+    """Where commands print."""
+    # without a terminal rich assumes 80 columns, too few for the tables
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 class WorkProgress:
@@ -41,6 +48,10 @@ class WorkProgress:
     def artifact(self, name: str, step: "Step") -> None:
         """A step of building an artifact."""
         self._advance(f"pretraining {name}", step.step, step.steps or 0)
+
+    def steps(self, label: str, done: int, total: int) -> None:
+        """Steps of whatever the label names."""
+        self._advance(label, done, total)
 
     def begin_cells(self, n_cells: int) -> None:
         """The cells begin."""
