@@ -58,8 +58,6 @@ class Plan:
         for _, alike in groupby(sorted(trunks, key=lambda head: (len(head), head)), key=len):
             batches += [self._trunk(heads, trunks, batch_size) for heads in _cut(list(alike), batch_size)]
         self._batches = tuple(batches)
-        self.longest = max(map(len, self.spots), default=0)
-        self.largest_id = max((max(history) for history in self.spots), default=0)
 
     def _trunk(self, heads: list[History], trunks: Mapping[History, set[History]], batch_size: int) -> _Batch:
         batch = self._batch([(head, [head]) for head in heads])
@@ -96,10 +94,8 @@ class Plan:
             model: without wrappers, see `bare`.
 
         Raises:
-            DataError: a sequence is too long for the model, an id lies outside its vocabulary, or it does not answer ids with
-                logits.
+            DataError: the model does not answer ids with logits.
         """
-        self._require_fit(model)
         device, accepted = device_of(model), _arguments(model)
         if device not in self._placed:
             self._placed[device] = tuple(batch.to(device) for batch in self._batches)
@@ -108,17 +104,6 @@ class Plan:
             yield logits
             for branch in batch.branches:
                 yield _run(model, branch, accepted, _taken(cache, branch.parents))[0]
-
-    def _require_fit(self, model: nn.Module) -> None:
-        config = getattr(model, "config", None)
-        limit, size = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
-        if isinstance(limit, int) and self.longest > limit:
-            raise DataError(f"a prefix with its keyword has {self.longest} tokens, the model takes {limit}; shorten the fact's context.")
-        if isinstance(size, int) and self.largest_id >= size:
-            raise DataError(
-                f"the tokenizer gives id {self.largest_id}, but the model's vocabulary ends at {size - 1}; "
-                f"load the tokenizer that belongs to the model."
-            )
 
 
 def bare(model: nn.Module) -> nn.Module:

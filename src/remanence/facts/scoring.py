@@ -94,6 +94,8 @@ class KeywordScorer:
         self.straddle_warnings = _straddle_warnings(distinct)
         self.warnings = [*self.straddle_warnings, *(_length_warnings(distinct) if reduction == "sum" else [])]
         self._n_tokens = torch.tensor([1 if reduction == "first" else len(split.keyword_ids) for split in self.splits], dtype=torch.int64)
+        self._longest = max((len(split.prefix_ids) + n - 1 for split, n in self._counted()), default=0)
+        self._largest_id = max((max(*split.prefix_ids, *split.keyword_ids[:n]) for split, n in self._counted()), default=0)
         self._batch_size = batch_size
         self._plans: dict[bool, tuple[Plan, _Readings, Tensor]] = {}
         self._shares = self._worth_sharing()
@@ -164,6 +166,7 @@ class KeywordScorer:
     def _score(self, model: nn.Module, table_of: Tensor | None, also: tuple[Tensor, Tensor] | None) -> tuple[KeywordScores, Tensor, Tensor]:
         """Scores; (D, V) table of the pairs `table_of`; their rows in it, or the values of the readings `also`."""
         model = bare(model)
+        self._require_fit(model)
         plan, keywords, firsts = self._plan(self._shares and can_share(model))
         pairs, tokens = also if also is not None else (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64))
         others = _Readings.of(firsts[pairs].repeat_interleave(tokens.shape[1]), tokens.flatten())
@@ -178,6 +181,17 @@ class KeywordScorer:
         scores = self._reduced(keywords.put_back(found[0]), keywords.put_back(found[1]))
         table = torch.cat(found[3]) if found[3] else torch.zeros(0, 0)
         return scores, table, rows if also is None else others.put_back(found[2]).view(tokens.shape)
+
+    def _require_fit(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        limit, size = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+        if isinstance(limit, int) and self._longest > limit:
+            raise DataError(f"a prefix with its keyword has {self._longest} tokens, the model takes {limit}; shorten the fact's context.")
+        if isinstance(size, int) and self._largest_id >= size:
+            raise DataError(
+                f"the tokenizer gives id {self._largest_id}, but the model's vocabulary ends at {size - 1}; "
+                f"load the tokenizer that belongs to the model."
+            )
 
     def _reduced(self, values: Tensor, is_top: Tensor) -> KeywordScores:
         pair = torch.arange(len(self)).repeat_interleave(self._n_tokens)
