@@ -1,5 +1,6 @@
 """Single facts: records, worlds to invent them in, schedules on which they are spliced into a running training."""
 
+from remanence.facts.documents import drafts
 from remanence.facts.files import read, write
 from remanence.facts.injection import FactInjector
 from remanence.facts.pararel import read_pararel
@@ -8,6 +9,7 @@ from remanence.facts.rehearsals import rehearsals, without_rehearsals
 from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
 from remanence.facts.scoring import KeywordScorer, KeywordScores, any_of
 from remanence.facts.splicing import SplicedDataset, require_order
+from remanence.facts.validation import validate
 from remanence.facts.world import ClosedWorld, closed_world
 
 __all__ = [
@@ -26,10 +28,12 @@ __all__ = [
     "SplicedDataset",
     "any_of",
     "closed_world",
+    "drafts",
     "read",
     "read_pararel",
     "rehearsals",
     "require_order",
+    "validate",
     "without_rehearsals",
     "write",
 ]
