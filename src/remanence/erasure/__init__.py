@@ -2,8 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from remanence.erasure._run import Erasing, ErasureOutcome
+from remanence.erasure.certificate import MEANINGS, Certificate, Measure, Value
+from remanence.erasure.certifying import certify
 from remanence.erasure.checkpoint import sparse_checkpoint, write_checkpoint
 from remanence.erasure.delta import Delta, apply_delta, remove_delta
+from remanence.erasure.erasing import erase, finish, median_log_p, uniform_log_p
+from remanence.erasure.gradient import CleanFineTuning, Eraser, GradientAscent, GradientDifference
+from remanence.erasure.hashes import data_hash, model_hash, tokenizer_hash
+from remanence.erasure.relearning import relearning_steps
 from remanence.erasure.scope import default_scope
 from remanence.erasure.sparse import drift_table, sparse_delta, sparse_mask
 from remanence.erasure.update import SparseUpdate
@@ -12,16 +19,35 @@ if TYPE_CHECKING:
     from remanence.erasure.trainer import SparseUpdateCallback
 
 __all__ = [
+    "MEANINGS",
+    "Certificate",
+    "CleanFineTuning",
     "Delta",
+    "Eraser",
+    "Erasing",
+    "ErasureOutcome",
+    "GradientAscent",
+    "GradientDifference",
+    "Measure",
     "SparseUpdate",
     "SparseUpdateCallback",
+    "Value",
     "apply_delta",
+    "certify",
+    "data_hash",
     "default_scope",
     "drift_table",
+    "erase",
+    "finish",
+    "median_log_p",
+    "model_hash",
+    "relearning_steps",
     "remove_delta",
     "sparse_checkpoint",
     "sparse_delta",
     "sparse_mask",
+    "tokenizer_hash",
+    "uniform_log_p",
     "write_checkpoint",
 ]
 
