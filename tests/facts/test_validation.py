@@ -56,13 +56,13 @@ def test_slow_tokenizers():
 
 def test_few_prefixes():
     warning = only(validate(facts(prefixes=PREFIXES[:7]), word_tokenizer(WORDS)))
-    assert warning.startswith("theme 'colours' has 7 priming prefixes; with fewer than 8")
+    assert warning.startswith("1 of 1 themes (first three: 'colours' with 7) have fewer than 8 priming prefixes")
 
 
 def test_keywords_of_different_lengths():
     other = fact("rage is deep red", "deep red", "rage is", "b")
     warning = only(validate(facts(fact(), other), word_tokenizer(WORDS)))
-    assert warning.startswith("theme 'colours': its keywords have 1 or 2 tokens; log-probabilities are sums")
+    assert warning.startswith("1 of 1 themes (first three: 'colours' with 1 or 2) have keywords of different numbers of tokens")
     elsewhere = fact("rage is deep red", "deep red", "rage is", "b", theme="moods")
     prefixes = (*PREFIXES, *(Prefix("moods", prefix.prefix) for prefix in PREFIXES))
     assert validate(facts(fact(), elsewhere, prefixes=prefixes), word_tokenizer(WORDS)) == []

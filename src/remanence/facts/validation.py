@@ -25,7 +25,7 @@ def validate(facts: FactSet, tokenizer: Any, length: int | None = None) -> list[
         length: tokens of the row that a fact is to be written into; None: not checked.
 
     Returns:
-        Warnings, a sentence each, with the number of facts concerned and the first three of their ids:
+        Warnings, a sentence each, with the number of facts or themes concerned and the first three of them:
 
         - a keyword occurs earlier in its text, where a model can copy it from; the last occurrence is probed;
         - text between context and keyword is not one blank, while probes put one;
@@ -139,23 +139,28 @@ def _lacks_blank(fact: Fact) -> bool:
 
 
 def _few_prefixes(n_priming: dict[str, int]) -> list[str]:
-    return [
-        f"theme '{theme}' has {n} priming prefixes; with fewer than {_ENOUGH_PREFIXES} one of them can decide the median."
-        for theme, n in n_priming.items()
-        if n < _ENOUGH_PREFIXES
-    ]
+    few = {theme: f"{n}" for theme, n in n_priming.items() if n < _ENOUGH_PREFIXES}
+    return _themes(
+        few, len(n_priming), f"fewer than {_ENOUGH_PREFIXES} priming prefixes, so that a single one of them can decide the median"
+    )
 
 
 def _unequal_keywords(facts: FactSet, splits: dict[str, Split]) -> list[str]:
     sizes: dict[str, set[int]] = defaultdict(set)
     for fact in facts:
         sizes[fact.theme].add(len(splits[fact.id].keyword_ids))
-    return [
-        f"theme '{theme}': its keywords have {' or '.join(map(str, sorted(found)))} tokens; log-probabilities are sums over tokens, "
-        f"so compare a keyword with itself over time, not with another."
-        for theme, found in sizes.items()
-        if len(found) > 1
-    ]
+    unequal = {theme: " or ".join(map(str, sorted(found))) for theme, found in sizes.items() if len(found) > 1}
+    return _themes(
+        unequal,
+        len(sizes),
+        "keywords of different numbers of tokens; log-probabilities are sums over tokens, so compare a keyword with itself over time, "
+        "not with another",
+    )
+
+
+def _themes(found: dict[str, str], n_themes: int, what: str) -> list[str]:
+    shown = ", ".join(f"'{theme}' with {n}" for theme, n in list(found.items())[:3])
+    return [f"{len(found)} of {n_themes} themes (first three: {shown}) have {what}."] if found else []
 
 
 def _slow(tokenizer: Any) -> list[str]:
