@@ -299,6 +299,8 @@ def _medians(values: _Array, mask: _Array) -> _Array:
 
 def _nearest(table: Tensor, rows: Tensor, log_p: Tensor, layout: _Layout) -> ControlWords:
     """The words of a row of the table nearest to each of (M,) log-probabilities."""
+    if not len(rows):
+        return ControlWords(rows.new_empty(0, layout.n_controls), log_p.new_empty(0, layout.n_controls))
     eligible = layout.eligible[layout.eligible < table.shape[1]]  # a tokenizer may know words that were never given an output
     values, order = table[:, eligible].sort(dim=1, stable=True)
     place = torch.empty_like(rows)
