@@ -2,9 +2,10 @@
 
 from remanence.weights.ewc import EWC
 from remanence.weights.fine_tuning import FineTuning
+from remanence.weights.language import LanguageFineTuning, LanguageLoRA
 from remanence.weights.linear_probe import LinearProbe
 from remanence.weights.lora import LoRA
 from remanence.weights.prototypes import Prototypes
 from remanence.weights.replay import Replay
 
-__all__ = ["EWC", "FineTuning", "LinearProbe", "LoRA", "Prototypes", "Replay"]
+__all__ = ["EWC", "FineTuning", "LanguageFineTuning", "LanguageLoRA", "LinearProbe", "LoRA", "Prototypes", "Replay"]
