@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from remanence.erasure._run import Erasing, ErasureOutcome
+from remanence.erasure._selection import Granularity, Selection
 from remanence.erasure.certificate import MEANINGS, Certificate, Measure, Value
 from remanence.erasure.certifying import certify
 from remanence.erasure.checkpoint import sparse_checkpoint, write_checkpoint
@@ -11,7 +12,7 @@ from remanence.erasure.erasing import erase, finish, median_log_p, uniform_log_p
 from remanence.erasure.gradient import CleanFineTuning, Eraser, GradientAscent, GradientDifference
 from remanence.erasure.hashes import data_hash, model_hash, tokenizer_hash
 from remanence.erasure.relearning import relearning_steps
-from remanence.erasure.scope import default_scope
+from remanence.erasure.scope import Scope, default_scope
 from remanence.erasure.sparse import drift_table, sparse_delta, sparse_mask
 from remanence.erasure.update import SparseUpdate
 
@@ -28,7 +29,10 @@ __all__ = [
     "ErasureOutcome",
     "GradientAscent",
     "GradientDifference",
+    "Granularity",
     "Measure",
+    "Scope",
+    "Selection",
     "SparseUpdate",
     "SparseUpdateCallback",
     "Value",
