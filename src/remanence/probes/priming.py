@@ -270,7 +270,7 @@ def _drift(before: PrimingScores, after: PrimingScores, own: _Array) -> _Array:
         return np.full(len(own), np.nan)
     spread = np.zeros((*own.shape, n_controls))
     spread[own] = after._control_change(before)
-    return _medians(spread.reshape(len(own), -1), own.repeat(n_controls, axis=1))
+    return _medians(spread.reshape(len(own), own.shape[1] * n_controls), own.repeat(n_controls, axis=1))
 
 
 def _log_mean_exp(values: _Array, mask: _Array) -> _Array:
