@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from remanence.errors import DataError, SettingError, StateMismatchError
-from remanence.probes.calibration import PrimingForecast, calibrate, check
+from remanence.probes.calibration import PrimingForecast, calibrate, check_forecast
 
 
 def facts(n, seed=0, noise=0.2):
@@ -36,7 +36,7 @@ def test_a_straight_line_without_noise_is_predicted_exactly_and_other_columns_st
 
 def test_intervals_cover_new_facts_as_often_as_they_say():
     worlds = [(PrimingForecast.fit(facts(12, seed)), facts(40, 100 + seed)) for seed in range(40)]
-    shares = [check(fitted.predict(new), new, n_resamples=10).coverage for fitted, new in worlds]
+    shares = [check_forecast(fitted.predict(new), new, n_resamples=10).coverage for fitted, new in worlds]
     assert 0.92 < np.mean(shares) < 0.98
 
 
@@ -85,31 +85,31 @@ def test_refusals_of_a_fit():
 def test_a_check_counts_what_the_intervals_held_and_orders_facts():
     table = facts(40, noise=0.4)
     predicted = PrimingForecast.fit(table).predict(table)
-    found = check(predicted, table)
+    found = check_forecast(predicted, table)
     assert found.n == 40
     assert found.low < found.spearman < found.high
     assert found.low > 0.5
     shuffled = table.assign(priming_median=np.random.default_rng(1).permutation(table["priming_median"]))
-    null = check(predicted, shuffled)
+    null = check_forecast(predicted, shuffled)
     assert null.low < 0 < null.high
-    assert check(predicted, table) == found
+    assert check_forecast(predicted, table) == found
 
 
 def test_a_constant_prediction_has_no_rank_correlation():
     table = facts(10)
     flat = table.assign(predicted=1.0, predicted_low=0.0, predicted_high=2.0)
-    assert np.isnan(check(flat, table)[1:4]).all()
+    assert np.isnan(check_forecast(flat, table)[1:4]).all()
 
 
 def test_refusals_of_a_check():
     table = facts(12)
     predicted = PrimingForecast.fit(table).predict(table)
     with pytest.raises(DataError, match="2 facts stand in both tables"):
-        check(predicted, table.head(2))
+        check_forecast(predicted, table.head(2))
     with pytest.raises(DataError, match="fact 'f0' has several rows; give one step"):
-        check(predicted, pd.concat([table, table]))
+        check_forecast(predicted, pd.concat([table, table]))
     with pytest.raises(DataError, match="lacks predicted, predicted_low, predicted_high"):
-        check(table, table)
+        check_forecast(table, table)
 
 
 def bent(n, place, seed=0, noise=0.15):

@@ -4,7 +4,7 @@ Three things over tables with one row a fact:
 
 - `PrimingForecast` is a line through measured facts: priming_median on log_p_before (nats) and context_loss (nats a token). The second
   covariate is needed: scrambled texts have the lowest keyword probability and yet prime little, because nothing in them is fluent.
-- `check` says how often the intervals held and whether the order was right.
+- `check_forecast` says how often the intervals held and whether the order was right.
 - `calibrate` fits where the relation bends. The published threshold of 1e-3 came without a test or an interval; this one has an interval.
 
     known = PrimingForecast.fit(forecast(model, facts, tokenizer).merge(measured, on=["fact", "theme", "kind"]))
@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 
 from remanence.errors import DataError, SettingError, StateMismatchError
+from remanence.probes.statistics import cluster_bootstrap
 
 COVARIATES = ("log_p_before", "context_loss")
 RESPONSE = "priming_median"
@@ -84,7 +85,8 @@ class PrimingForecast:
         """Priming of facts that were not injected yet.
 
         The interval is Student's 95 % prediction interval of least squares: it holds for one new fact drawn like those of the fit, its
-        residuals taken as normal and of one size. Another model, rate or schedule than that of the fit voids it; `check` shows by how much.
+        residuals taken as normal and of one size. Another model, rate or schedule than that of the fit voids it; `check_forecast` shows
+        by how much.
 
         Args:
             table: one row a fact with log_p_before and context_loss, as `forecast` gives it.
@@ -143,13 +145,13 @@ class ForecastCheck(NamedTuple):
     n: int
 
 
-def check(predicted: pd.DataFrame, measured: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> ForecastCheck:
+def check_forecast(predicted: pd.DataFrame, measured: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> ForecastCheck:
     """Hold a prediction against what training did.
 
     Args:
         predicted: with fact, predicted, predicted_low, predicted_high, as `PrimingForecast.predict` gives it.
         measured: with fact and priming_median, one row a fact: the last step of `FactTracer.curves`, say.
-        n_resamples: of the bootstrap over facts, percentile.
+        n_resamples: of the bootstrap over facts, percentile; see `cluster_bootstrap`.
         seed: of the bootstrap.
 
     Raises:
@@ -158,7 +160,7 @@ def check(predicted: pd.DataFrame, measured: pd.DataFrame, n_resamples: int = 20
     Example:
         >>> facts = ["a", "b", "c", "d"]
         >>> said = pd.DataFrame({"fact": facts, "predicted": [0.0, 1, 2, 3], "predicted_low": -1.0, "predicted_high": 2.5})
-        >>> check(said, pd.DataFrame({"fact": facts, "priming_median": [0.1, 0.9, 2.0, 2.6]}))[:2]
+        >>> check_forecast(said, pd.DataFrame({"fact": facts, "priming_median": [0.1, 0.9, 2.0, 2.6]}))[:2]
         (0.75, 1.0)
     """
     _require_columns(predicted, ("fact", "predicted", "predicted_low", "predicted_high"))
@@ -172,25 +174,16 @@ def check(predicted: pd.DataFrame, measured: pd.DataFrame, n_resamples: int = 20
         raise DataError(f"{len(both)} facts stand in both tables with all values; a check needs three or more.")
     truth, middle = both[RESPONSE].to_numpy(np.float64), both["predicted"].to_numpy(np.float64)
     covered = (both["predicted_low"].to_numpy() <= truth) & (truth <= both["predicted_high"].to_numpy())
-    chosen = np.random.default_rng(seed).integers(len(both), size=(n_resamples, len(both)))
-    draws = _spearman(middle[chosen], truth[chosen])
-    low, high = _percentiles(draws)
-    return ForecastCheck(float(covered.mean()), float(_spearman(middle[None], truth[None])[0]), low, high, len(both))
+    order = cluster_bootstrap((middle, truth), np.zeros(len(both)), _spearman, n_resamples=n_resamples, seed=seed)
+    return ForecastCheck(float(covered.mean()), *order)
 
 
-def _spearman(first: Array, second: Array) -> Array:
-    """(R, N), (R, N) -> (R,): rank correlation of each row; NaN where a row is constant."""
-    ranks = [rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (first, second)]
-    size = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
-    return np.divide((ranks[0] * ranks[1]).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
-
-
-def _percentiles(draws: Array) -> tuple[float, float]:
-    draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return np.nan, np.nan
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+def _spearman(first: Array, second: Array, axis: int = -1) -> Array:
+    """Rank correlations along an axis; NaN where one side is constant. In one go, where scipy's would take each resample alone."""
+    ranks = [rankdata(values, axis=axis) - (values.shape[axis] + 1) / 2 for values in (first, second)]
+    size = np.sqrt((ranks[0] ** 2).sum(axis) * (ranks[1] ** 2).sum(axis))
+    found: Array = np.divide((ranks[0] * ranks[1]).sum(axis), size, out=np.full(np.shape(size), np.nan), where=size > 0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -250,7 +243,7 @@ def calibrate(table: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> Kn
     best = int(whole[0].argmin())
     draws = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_resamples).astype(np.float64)
     errors, _ = _bent(x, y, candidates, draws)
-    low, high = _percentiles(candidates[errors.argmin(1)])
+    low, high = map(float, np.quantile(candidates[errors.argmin(1)], [0.025, 0.975]))
     straight = float(np.var(y - np.polyval(np.polyfit(x, y, 1), x)) * len(x))
     gain = 1 - float(whole[0, best]) / straight if straight > 0 else 0.0
     return Knee(float(candidates[best]), low, high, float(weights[0, best, 1]), float(weights[0, best, 2]), max(0.0, gain), len(x))
@@ -284,7 +277,7 @@ def _design(table: pd.DataFrame) -> Array:
 
 def _whole_rows(table: pd.DataFrame, columns: tuple[str, ...], least: int, purpose: str) -> pd.DataFrame:
     _require_columns(table, columns)
-    kept = table[np.isfinite(table[list(columns)].to_numpy(np.float64)).all(1)]
+    kept: pd.DataFrame = table[np.isfinite(table[list(columns)].to_numpy(np.float64)).all(1)]
     if len(kept) < least:
         raise DataError(f"{purpose} needs {least} facts or more; {len(kept)} of {len(table)} rows have {', '.join(columns)}.")
     return kept
