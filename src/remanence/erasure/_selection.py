@@ -8,6 +8,7 @@ and a group of tensors (a layer, the whole model) needs no more memory than its 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -108,29 +109,28 @@ def select_kept(rule: Rule, names: Iterable[str], load: Callable[[str], Pair]) -
 
     A tensor is loaded once where it is a ranking of its own, three times within a larger ranking.
     """
+    # no tensor is bound to a name here: it would outlive the `yield`, and be in memory beside the next one
     for group in _groups(sorted(names), rule.granularity):
         if rule.keeps_all or rule.keeps_none:
-            for name in group:
-                before, after = load(name)
-                yield Kept(name, before, after, torch.full(after.shape, rule.keeps_all, device=after.device))
+            yield from (_constant(rule, name, *load(name)) for name in group)
         elif len(group) == 1:
-            before, after = load(group[0])
-            keys = order_keys(change(before, after), rule.signed, group[0])
-            yield Kept(group[0], before, after, kept_of(rule, keys).view(after.shape))
+            yield _masked(partial(kept_of, rule), rule, group[0], *load(group[0]))
         else:
             yield from _select_together(rule, group, load)
 
 
 def _select_together(rule: Rule, group: list[str], load: Callable[[str], Pair]) -> Iterator[Kept]:
-    def all_keys() -> Iterator[Tensor]:
-        for name in group:
-            yield order_keys(change(*load(name)), rule.signed, name)
+    inner, outer = _cuts(rule, lambda: (order_keys(change(*load(name)), rule.signed, name) for name in group))
+    yield from (_masked(lambda keys: outer(keys) & ~inner(keys), rule, name, *load(name)) for name in group)
 
-    inner, outer = _cuts(rule, all_keys)
-    for name in group:
-        before, after = load(name)
-        keys = order_keys(change(before, after), rule.signed, name)
-        yield Kept(name, before, after, (outer(keys) & ~inner(keys)).view(after.shape))
+
+def _constant(rule: Rule, name: str, before: Tensor, after: Tensor) -> Kept:
+    return Kept(name, before, after, torch.full(after.shape, rule.keeps_all, device=after.device))
+
+
+def _masked(take: _Take, rule: Rule, name: str, before: Tensor, after: Tensor) -> Kept:
+    keys = order_keys(change(before, after), rule.signed, name)
+    return Kept(name, before, after, take(keys).view(after.shape))
 
 
 def kept_of(rule: Rule, keys: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remanence.erasure._selection import Granularity, Pair, Rule, Selection, select_kept
+from remanence.erasure._selection import Granularity, Kept, Pair, Rule, Selection, select_kept
 from remanence.erasure._shards import Overwriter, Shards, copy_beside_weights, shard_files, whole_folder
 from remanence.erasure.scope import Scope, default_scope, scoped_names
-from remanence.erasure.sparse import Others, drift_frame, drift_row, fit, others_return, require_same_names
+from remanence.erasure.sparse import Others, Row, drift_frame, drift_row, fit, others_return, require_same_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,21 +62,24 @@ def sparse_checkpoint(
         for file in shard_files(new.folder):
             shutil.copyfile(new.folder / file, hidden / file)
         copy_beside_weights(new.folder, hidden)
-        target, rows = Overwriter(hidden, new.files), []
+        target = Overwriter(hidden, new.files)
 
         def load(name: str) -> Pair:
             tensor = new[name]
             return fit(name, old[name], tensor), tensor
 
-        for kept in select_kept(rule, names, load):
+        def write(kept: Kept) -> Row:
             merged = kept.merge()
             target.put(kept.name, merged)
-            rows.append(drift_row(kept.name, kept.before, kept.after, merged))
-        for name in sorted(new.files.keys() - {*names}):
+            return drift_row(kept.name, kept.before, kept.after, merged)
+
+        def pass_on(name: str) -> Row:
             earlier, later = load(name)
             if returns:
                 target.put(name, earlier)
-            rows.append(drift_row(name, earlier, later, earlier if returns else later))
+            return drift_row(name, earlier, later, earlier if returns else later)
+
+        rows = [*map(write, select_kept(rule, names, load)), *map(pass_on, sorted(new.files.keys() - {*names}))]
         return drift_frame(rows)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Others = Literal["auto", "after", "before"]
+Row = dict[str, object]
 
 
 def sparse_mask(delta: Tensor, select: Selection = "ignore_top", fraction: float = 0.08, signed: bool = False) -> Tensor:
@@ -77,7 +78,8 @@ def sparse_delta(
     Args:
         before: parameter name -> tensor of any shape, at the start of the window. A narrower float dtype than that of `after`
             is widened, which loses nothing.
-        after: same names and shapes, at its end. Tied tensors (one storage under two names) are masked once and stay tied.
+        after: same names and shapes, at its end. Tied tensors (one storage under two names) are masked once and stay tied; copied
+            tensor by tensor, they have lost their tie, and count twice where one ranking covers both.
         select, fraction, signed: see `sparse_mask`.
         granularity: what one ranking covers: each "tensor"; a "layer", which is all tensors whose names agree up to the first
             number in them; or everything ("global"). Ties go to the first name in alphabetical order, then to the lower index.
@@ -189,10 +191,10 @@ def drift_table(before: StateDict, after: StateDict, erased: StateDict | None = 
     return drift_frame(rows)
 
 
-def drift_row(name: str, before: Tensor, after: Tensor, erased: Tensor | None) -> dict[str, object]:
+def drift_row(name: str, before: Tensor, after: Tensor, erased: Tensor | None) -> Row:
     """Counts and squared norms of one tensor, for `drift_frame`."""
     delta, moved = change(before, after), before != after
-    row: dict[str, object] = {"name": name, "module": name.rpartition(".")[0], "n_entries": after.numel(), "n_changed": int(moved.sum())}
+    row: Row = {"name": name, "module": name.rpartition(".")[0], "n_entries": after.numel(), "n_changed": int(moved.sum())}
     row["change"] = _squared_norm(delta)
     if erased is not None:
         removed = moved & (fit(name, erased, after) != after)
@@ -204,7 +206,7 @@ def _squared_norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
-def drift_frame(rows: list[dict[str, object]]) -> "pd.DataFrame":
+def drift_frame(rows: list[Row]) -> "pd.DataFrame":
     """Rows of `drift_row` with the counts turned into shares; largest drift first."""
     import pandas as pd
 
