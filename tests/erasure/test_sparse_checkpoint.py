@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -214,3 +217,18 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(pair, tmp_path):
     with pytest.raises(RuntimeError, match="no"):
         write_checkpoint(Broken(), pair[0], tmp_path / "out")
     assert names_in(tmp_path) == ["after", "before"]
+
+
+@pytest.mark.kill
+def test_a_killed_process_leaves_no_folder_under_the_name(pair, tmp_path):
+    before, after = pair
+    script = (
+        "import os, signal\n"
+        "from remanence.erasure import _shards, sparse_checkpoint\n"
+        "_shards.Overwriter.put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sparse_checkpoint({str(before)!r}, {str(after)!r}, {str(tmp_path / 'out')!r})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    sparse_checkpoint(before, after, tmp_path / "out")  # what the dead process left is in nobody's way
+    assert names_in(tmp_path / "out") == names_in(after)
