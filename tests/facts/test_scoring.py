@@ -233,6 +233,23 @@ def test_bf16_weights_are_scored_with_a_float32_softmax():
     assert (scores.log_p - rough).abs().max() > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_follows_the_model(monkeypatch):
+    tokenizer = byte_tokenizer()
+    model = gpt2(tokenizer)
+    for threshold in (500, 3):
+        monkeypatch.setattr(scoring, "_SHARE_ABOVE", threshold)
+        scorer, which, tokens = KeywordScorer(tokenizer, PAIRS), torch.tensor([4, 0]), torch.tensor([[1], [2]])
+        expected, random = scorer(model.cpu()), torch.cuda.get_rng_state()
+        scores, values = scorer.read(model.cuda(), which, tokens)
+        _, table, rows = scorer.full(model, which)
+        assert torch.equal(torch.cuda.get_rng_state(), random)
+        assert {scores.log_p.device.type, values.device.type, table.device.type} == {"cpu"}
+        assert (scores.log_p - expected.log_p).abs().max() < 1e-3  # the GPU may multiply in TF32
+        assert torch.equal(table[rows].gather(1, tokens), values)
+
+
 def test_autocast_outside_changes_nothing():
     tokenizer = word_tokenizer(WORDS)
     model, scorer = llama(tokenizer), KeywordScorer(tokenizer, PAIRS)

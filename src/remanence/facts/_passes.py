@@ -151,7 +151,8 @@ def _run(model: nn.Module, batch: _Batch, accepted: set[str], cache: Any) -> tup
     if not isinstance(logits, Tensor) or logits.shape[:-1] != (len(batch.ids), n_tokens):
         answer = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise DataError(f"the model answers ids {tuple(batch.ids.shape)} with {answer}; a causal language model gives logits (B, T, V).")
-    return logits[batch.rows, positions[batch.places]].float(), getattr(output, "past_key_values", None)
+    rows, places = (index.to(logits.device) for index in (batch.rows, positions[batch.places]))  # a model may span several devices
+    return logits[rows, places].float(), getattr(output, "past_key_values", None)
 
 
 def _taken(cache: Any, rows: Tensor) -> Any:
