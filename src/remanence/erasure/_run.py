@@ -199,7 +199,8 @@ class Run:
     def _stand_between(self, beyond: list[Tensor], share: float) -> None:
         with torch.no_grad():
             for weight, start, end in zip(self.weights, self.good, beyond, strict=True):
-                weight.copy_(torch.lerp(start.float(), end.float(), share) if share < 1 else end)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                weight.copy_(torch.lerp(start.to(wide), end.to(wide), share) if share < 1 else end)
         self.log_p = median(self.scorer(self.model).log_p)
 
     def _is_below_floor(self) -> bool:

@@ -88,8 +88,9 @@ def overlap(facts: Sequence[Fact], retain: Data | Sequence[Fact], tokenizer: Any
 
 
 def _statement(fact: Fact) -> str:
-    """A fact without context is told by its whole text: its keyword alone stands in many a row."""
-    return f"{fact.prompt} {fact.keyword}" if fact.prompt else fact.text
+    """Context and keyword as they stand in the text; without a context the whole text, for the keyword alone stands in many a row."""
+    context, end = fact.context.strip(), fact.keyword_at + len(fact.keyword)
+    return fact.text[fact.text.rindex(context, 0, fact.keyword_at) : end] if context else fact.text
 
 
 def _seen(text: str, tokenizer: Any) -> str:
