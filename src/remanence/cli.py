@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remanence.commands import trace
+from remanence.commands import erase, trace
 from remanence.errors import CellBusy, NonFiniteLoss, NotDeterministic, RecipeError, RemanenceError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     trace.add(commands, shape)
+    erase.add(commands, shape)
 
     example = "example:\n  remanence list"
     listing = commands.add_parser("list", help="what there is", description=example, formatter_class=shape)

@@ -24,7 +24,7 @@ def open_folder(folder: Path, plan: dict[str, Any]) -> None:
         if earlier["hash"] != plan["hash"]:
             differing = [name for name in plan if name not in ("hash", "command", "name") and earlier.get(name) != plan[name]]
             raise SettingError(
-                f"{folder} holds a trace whose {', '.join(differing)} differ from these; give another --out, or delete that folder."
+                f"{folder} holds a trace of another {', another '.join(differing)}; give another --out, or delete that folder."
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from remanence.probes.calibration import ForecastCheck, check
+from remanence.probes.calibration import ForecastCheck, check_forecast
 from remanence.probes.retention import retention
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def agreement(table: pd.DataFrame) -> ForecastCheck | None:
     said = said.assign(predicted_low=said["predicted"], predicted_high=said["predicted"])
     if len(table[["log_p_before", "priming_median"]].dropna()) < _LEAST_FACTS:
         return None
-    return check(said, table)
+    return check_forecast(said, table)
 
 
 def forecast_table(forecast: pd.DataFrame) -> "Table":

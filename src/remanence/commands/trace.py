@@ -12,11 +12,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remanence.commands._common import duration, require_positive, row_length, ruler, say, text_source
 from remanence.errors import SettingError
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ example:
   remanence trace --model small-lm --facts facts.jsonl --forecast-only
   remanence trace --model small-lm --facts facts.jsonl --prefixes prefixes.jsonl --corpus ~/texts
 """
-_LEAST_LENGTH, _MOST_LENGTH = 40, 128
-_HELD_OUT_WINDOWS = 64
 
 
 def add(commands: Any, shape: Any) -> None:
@@ -67,38 +65,32 @@ def trace(arguments: argparse.Namespace) -> int:
     from remanence.probes.forecast import forecast
     from remanence.progress import terminal
 
-    _check(arguments)
+    require_positive(arguments, "times", "every", "clean_steps", "batch_size", "lr", "length")
     console = terminal()
     model, tokenizer, facts = _load(arguments)
-    notes = _notes(facts, tokenizer)
-    _say(console, [f"note: {note}" for note in notes])
+    length = arguments.length or row_length(model, tokenizer, facts)
+    notes = _notes(facts, tokenizer, length)
+    say(console, [f"note: {note}" for note in notes])
     if not arguments.dry_run:
         said = forecast(model, facts, tokenizer)
         console.print(forecast_table(said))
         if arguments.forecast_only:
             return 0
-    source = _corpus(arguments.corpus)
+    source = text_source(arguments.corpus)
     rehearsed = _rehearsed(facts, source)
-    _say(console, [f"note: {note}" for note in rehearsed])
-    runs = _runs(arguments, model, tokenizer, facts, source)
+    say(console, [f"note: {note}" for note in rehearsed])
+    runs = _runs(arguments, length, model, tokenizer, facts, source)
     plan = _plan(arguments, runs, source)
     folder = arguments.out or Path("runs") / f"trace-{arguments.facts.name.split('.')[0]}-{plan['hash']}"
-    _say(console, _announcement(runs, source))
+    say(console, _announcement(runs, source))
     if arguments.dry_run:
-        _say(console, [f"it would take about {_duration(runs.seconds())} on this machine and write into {folder}"])
+        say(console, [f"it would take about {duration(runs.seconds())} on this machine and write into {folder}"])
         return 0
     start = time.monotonic()
     curves, held_out = _measure(runs, folder, plan, console)
     _conclude(folder, plan, said, curves, held_out, [*notes, *rehearsed], console)
-    _say(console, [f"done in {time.monotonic() - start:.0f} s"])
+    say(console, [f"done in {time.monotonic() - start:.0f} s"])
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name in ("times", "every", "clean_steps", "batch_size", "lr", "length"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise SettingError(f"--{name.replace('_', '-')} {value} must be above 0.")
 
 
 def _load(arguments: argparse.Namespace) -> "tuple[Any, Any, FactSet]":
@@ -117,18 +109,12 @@ def _load(arguments: argparse.Namespace) -> "tuple[Any, Any, FactSet]":
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, facts
 
 
-def _notes(facts: "FactSet", tokenizer: Any) -> list[str]:
+def _notes(facts: "FactSet", tokenizer: Any, length: int) -> list[str]:
     if not facts.prefixes:
         return ["no --prefixes were given, so that memory is measured and priming is not"]
-    from remanence.probes.priming import PrimingProbe
+    from remanence.facts.validation import validate
 
-    return list(PrimingProbe(facts, tokenizer).warnings)
-
-
-def _corpus(folder: Path | None) -> "TextSource":
-    from remanence.streams.text import python_documentation, text_folder
-
-    return python_documentation() if folder is None else text_folder(folder)
+    return validate(facts, tokenizer, length + 1)  # a row of T predicted tokens holds T + 1
 
 
 def _rehearsed(facts: "FactSet", source: "TextSource") -> list[str]:
@@ -140,27 +126,18 @@ def _rehearsed(facts: "FactSet", source: "TextSource") -> list[str]:
     return [f"the corpus itself states {len(found)} of the facts ({', '.join(list(found)[:3])}): their retention is not decay alone"]
 
 
-def _runs(arguments: argparse.Namespace, model: Any, tokenizer: Any, facts: "FactSet", source: "TextSource") -> "TraceRuns":
-    import torch
-
+def _runs(
+    arguments: argparse.Namespace, length: int, model: Any, tokenizer: Any, facts: "FactSet", source: "TextSource"
+) -> "TraceRuns":
     from remanence.commands._groups import TraceRuns, TraceSettings
     from remanence.streams.text import windows
 
-    length = arguments.length or _length(model, tokenizer, facts)
     settings = TraceSettings(
         arguments.every, arguments.times, arguments.clean_steps, arguments.lr, arguments.batch_size, length, arguments.seed
     )
     train = windows(source.train, tokenizer, length, source.name)
-    held_out = windows(source.test, tokenizer, length, f"{source.name} test")
-    held_out = held_out.select(torch.arange(min(len(held_out), _HELD_OUT_WINDOWS)))
+    held_out = ruler(source.test, tokenizer, length, f"{source.name} test")
     return TraceRuns(model, tokenizer, facts, train, held_out, settings)
-
-
-def _length(model: Any, tokenizer: Any, facts: "FactSet") -> int:
-    """Room for the longest fact, between 40 and 128 tokens, and no more than the model reads."""
-    longest = max(len(tokenizer(fact.text)["input_ids"]) for fact in facts)
-    most = getattr(model.config, "max_position_embeddings", None) or _MOST_LENGTH
-    return int(min(max(longest, _LEAST_LENGTH), _MOST_LENGTH, most))
 
 
 def _plan(arguments: argparse.Namespace, runs: "TraceRuns", source: "TextSource") -> dict[str, Any]:
@@ -192,10 +169,6 @@ def _announcement(runs: "TraceRuns", source: "TextSource") -> list[str]:
         f"{len(runs.facts)} facts of {len(runs.facts.themes)} themes: {runs_said}; and a paired control run without facts",
         f"a copy is trained on '{source.name}' with a fresh AdamW (lr {settings.lr}): {WARM_STEPS} clean steps to warm up, then {each}",
     ]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _measure(runs: "TraceRuns", folder: Path, plan: dict[str, Any], console: "Console") -> "tuple[pd.DataFrame, pd.DataFrame]":
@@ -248,7 +221,7 @@ def _conclude(
     if found is not None:
         line = f"Spearman of log p before and priming: {found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}], {found.n} facts, one seed"
         notes = [*notes, line]
-        _say(console, [line])
+        say(console, [line])
     write_whole(folder / "trace.csv", curves.to_csv(index=False))
     summary = {**plan, "notes": notes, "spearman": None if found is None else _without_nan(found._asdict(), drop="coverage")}
     summary |= {"forecast": _records(said), "facts_measured": _records(table), "held_out": _records(held_out)}
@@ -265,8 +238,3 @@ def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
 
 def _without_nan(values: dict[str, Any], drop: str) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in values.items() if name != drop}
-
-
-def _say(console: "Console", lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
