@@ -59,6 +59,13 @@ def test_no_facts_are_refused():
         forecast(model(), FactSet(()), tokenizer())
 
 
+def test_a_text_that_is_too_long_is_named():
+    text = "she ate haggis" + " is" * 20
+    facts = FactSet((*FACTS.facts, Fact("endless", "foods", "mundane", text, "haggis", "she ate")))
+    with pytest.raises(DataError, match="fact 'endless' has 23 tokens, the model takes 16; shorten its text"):
+        forecast(model(), facts, tokenizer())
+
+
 def test_batches_and_padding_change_nothing():
     net = model()
     together = forecast(net, FactSet(FACTS.facts + tuple(_copies(40)), FACTS.prefixes), tokenizer(), in_context=True)

@@ -99,6 +99,10 @@ def _log_p(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -
 def _read(model: nn.Module, facts: FactSet, tokenizer: Any) -> list[_Reading]:
     """Losses, length and entropy; in batches of texts of like length, put back in order."""
     texts = [_ids(tokenizer, fact.text) for fact in facts]
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
+    if isinstance(limit, int) and len(texts[longest]) > limit:
+        raise DataError(f"fact '{facts[longest].id}' has {len(texts[longest])} tokens, the model takes {limit}; shorten its text.")
     # what stands before the keyword, and how many of its ids say something of the context
     contexts = [split(tokenizer, fact.prompt, fact.keyword).prefix_ids for fact in facts]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
