@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -31,6 +32,7 @@ WARM_STEPS = 50
 """Clean steps before the first exposure: the steps of a fresh AdamW have one size on every weight and would inflate every effect."""
 
 _CLIP = 1.0
+_TIMED = 3
 
 Report = Callable[[int, int], None]
 
@@ -122,17 +124,14 @@ class TraceRuns:
         return self._run(self.facts, None, report)
 
     def seconds(self) -> float:
-        """How long all runs will take, from three steps and a probe of one group; the model is changed."""
+        """How long all runs will take, from the medians of a few steps and probes of one group; the model is changed."""
+        steps = [_timed(self._step, number, None) for number in range(_TIMED + 1)]
         tracer = self._tracer(self.groups[0], None)
-        self._step(0, None)  # the first step makes the optimizer's state
-        start = time.perf_counter()
-        for step in (1, 2):
-            self._step(step, None)
-        a_step = (time.perf_counter() - start) / 2
-        tracer.start(self.model)
+        probes = [_timed(tracer.start, self.model) for _ in range(_TIMED)]
+        # the first step makes the optimizer's state; a median, because a busy machine may halt a single step for seconds
+        a_step, a_probe = median(steps[1:]), median(probes)
         n_probes = 2 + sum(map(tracer.is_due, range(1, self.settings.n_steps)))
-        a_run = self.settings.n_steps * a_step + n_probes * tracer.probe_seconds[0]
-        return WARM_STEPS * a_step + (len(self.groups) + 1) * a_run
+        return WARM_STEPS * a_step + (len(self.groups) + 1) * (self.settings.n_steps * a_step + n_probes * a_probe)
 
     @cached_property
     def _start(self) -> State:
@@ -182,3 +181,10 @@ class TraceRuns:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self._optimizer.step()
         return loss.detach()
+
+
+def _timed(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
