@@ -109,6 +109,62 @@ def test_tokens_have_accuracy_and_nats_per_token():
     assert readings["text", "loss", "", None].value == pytest.approx((5 * 0.2876820724 + 1.3862943611) / 6)
 
 
+class Recording(Speaking):
+    """Notes how many rows it is asked at once; gives nothing to targets below 0."""
+
+    n_parallel = 2
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.asked = []
+
+    def predict(self, inputs, task=None, reader=""):
+        self.asked.append(len(inputs))
+        return super().predict(inputs)
+
+    def score(self, inputs, targets, task=None, reader=""):
+        found = super().predict(inputs).logits.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        return found.masked_fill(targets < 0, 0.0).sum(-1)
+
+
+def padded(name, n):
+    targets = torch.tensor([1, 0, -100]).repeat(n, 1)
+    return Task(name, None, Data(torch.zeros(n, 3, dtype=torch.int64), targets, torch.arange(n)), answer="tokens")
+
+
+def test_text_is_asked_in_chunks_and_padding_is_not_counted():
+    learner, long = Recording(), padded("long", 40)
+    readings = read(Accuracy(), view(learner, ToyStream(("learn", long)), 0, Recording))
+    assert max(learner.asked) == 16
+    assert sum(learner.asked) == 40
+    assert readings["long", "accuracy", "", None].value == 0.5
+    assert readings["", "accuracy_seen", "", None].value == 0.5
+    assert readings["long", "chance", "", None].value == 0.5
+    assert readings["long", "loss", "", None].value == pytest.approx((0.2876820724 + 1.3862943611) / 2)
+
+
+def test_texts_of_independent_tasks_are_asked_in_chunks_too():
+    long, short = padded("long", 40), padded("short", 3)
+    learner, stream = Recording(), ToyStream(("learn", long), ("learn", short), mode="independent")
+    readings = read(Accuracy(), View(learner, stream, 0, "learn", (long, short), Recording))
+    assert learner.asked == [16, 3, 16, 0, 8, 0]
+    assert {readings[name, "accuracy", "", None].value for name in ("long", "short")} == {0.5}
+
+
+def test_bystanders_in_text_are_counted_alike():
+    learner = Recording()
+    readings = read(Bystanders(), view(learner, ToyStream(("learn", padded("a", 1)), bystanders=(padded("old", 20),)), 0, Recording))
+    assert readings["old", "accuracy", "", None].value == 0.5
+    assert learner.asked == [16, 4]
+
+
+def test_text_without_a_counted_target_has_no_accuracy():
+    empty = Task("pad", None, Data(torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), -100), torch.arange(2)), answer="tokens")
+    readings = read(Accuracy(), view(Recording(), ToyStream(("learn", empty)), 0, Recording))
+    for metric in ("accuracy", "chance", "loss"):
+        assert readings["pad", metric, "", None].note == "no target of the test set is counted"
+
+
 @pytest.mark.parametrize("at", [0, -1, "often"])
 def test_a_wrong_grid_is_refused(at):
     with pytest.raises(SettingError, match="probe grid"):

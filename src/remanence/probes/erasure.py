@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remanence.learner import Learner
 from remanence.probe import Probe, Reading, View
-from remanence.probes.accuracy import right
+from remanence.probes.accuracy import count_answers
 from remanence.task import Data, Task
 
 _UNNAMED = "the learner does not name these classes: all scores are -inf and tell nothing apart"
@@ -65,8 +65,8 @@ def _curve(view: View, learner: Learner, task: Task) -> Iterator[tuple[int, floa
 
 
 def _accuracy(view: View, learner: Learner, task: Task) -> float:
-    prediction = view.predict(task, learner.readers[0], learner)
-    return float(right(prediction, task.test.targets).double().mean())
+    total = count_answers(view, task, learner.readers[0], learner)
+    return total.n_right / total.n if total.n else float("nan")
 
 
 class Membership(Probe):

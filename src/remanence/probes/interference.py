@@ -7,10 +7,8 @@ probes:
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
-
 from remanence.probe import Probe, Reading, View, check_grid
-from remanence.probes.accuracy import subject_readings
+from remanence.probes.accuracy import count_answers, count_readings
 
 
 class Bystanders(Probe):
@@ -36,9 +34,9 @@ class Bystanders(Probe):
     def __call__(self, view: View) -> Iterator[Reading]:
         for reader in view.learner.readers:
             for task in view.stream.bystanders:
-                prediction = view.predict(task, reader)
-                if torch.isin(task.test.targets, prediction.classes.to(task.test.targets.device)).any():
-                    yield from subject_readings(task, prediction, reader)
+                total = count_answers(view, task, reader)
+                if total.n_known:
+                    yield from count_readings(task, total, reader)
                     continue
                 note = "the learner has no answer for this bystander: it names none of its classes"
                 for metric in ("accuracy", "chance"):
