@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from remanence.artifact import Artifact
+from remanence.facts import fact_stream
 from remanence.learner import Learner
 from remanence.probe import Probe
 from remanence.recipes import shipped
@@ -38,7 +39,7 @@ def _entries() -> dict[str, list[tuple[str, str]]]:
     ]
     return {
         "recipes": recipes,
-        "streams": _public("remanence.streams", object),
+        "streams": [*_public("remanence.streams", object), ("remanence.facts.fact_stream", _doc(fact_stream))],
         "learners": [entry for room in _LEARNER_ROOMS for entry in _public(f"remanence.{room}", Learner)],
         "artifacts": _public("remanence.parts", Artifact),
         "probes": _public("remanence.probes", Probe),

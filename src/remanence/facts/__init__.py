@@ -6,6 +6,7 @@ from remanence.facts.injection import FactInjector
 from remanence.facts.pararel import read_pararel
 from remanence.facts.records import Fact, FactSet, Prefix
 from remanence.facts.rehearsals import rehearsals, without_rehearsals
+from remanence.facts.scenario import fact_stream, world_text, world_words
 from remanence.facts.schedules import Expanding, Massed, Poisson, Schedule, Spaced
 from remanence.facts.scoring import KeywordScorer, KeywordScores, any_of
 from remanence.facts.splicing import SplicedDataset, require_order
@@ -29,11 +30,14 @@ __all__ = [
     "any_of",
     "closed_world",
     "drafts",
+    "fact_stream",
     "read",
     "read_pararel",
     "rehearsals",
     "require_order",
     "validate",
     "without_rehearsals",
+    "world_text",
+    "world_words",
     "write",
 ]
