@@ -38,6 +38,8 @@ from remanence.streams.text import TextSource, python_documentation
 Kind = Literal["mundane", "outlandish", "scrambled", "known"]
 _KINDS = ("mundane", "outlandish", "scrambled", "known")
 _ZIPF, _USUAL, _SENTENCES_A_DOCUMENT = 1.2, 0.7, 40
+_FOLLOWED = 0.4
+"""How often a hint comes true; a certain one would leave nothing to learn from a text with a stepping stone."""
 _SHARES = {"person": 0.5, "thing": 0.2, "anyone": 0.2, "hint": 0.1}
 
 
@@ -300,7 +302,8 @@ class _Draw:
         words = THEMES[self._theme()]
         rank = self._pick(len(words.keywords))
         thing = words.things[rank][self._pick(len(words.things[rank]))]
-        is_named = self._pick(2) == 1
+        is_named, is_followed = self._pick(2) == 1, float(torch.rand(1, generator=self.draw)) < _FOLLOWED
         who = self.people[self._pick(len(self.people))] if is_named else PASSERS_BY[self._pick(len(PASSERS_BY))]
         sentence = words.person[self._pick(len(words.person) - is_named)]
-        return f"{words.hint.format(s=who, t=thing)} {sentence.format(s=who, k=words.keywords[rank])}"
+        keyword = words.keywords[rank if is_followed else int(torch.multinomial(_zipf(), 1, generator=self.draw))]
+        return f"{words.hint.format(s=who, t=thing)} {sentence.format(s=who, k=keyword)}"
