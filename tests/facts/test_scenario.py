@@ -67,7 +67,7 @@ def test_the_test_of_the_facts_asks_for_the_keyword_alone(stream, world, folder)
         assert tokenizer.decode(test.targets[row][counted]) == fact.keyword
         assert counted.nonzero().flatten().tolist() == [n - 1]
         assert tokenizer.decode(test.inputs[row, :n]) == fact.prompt
-        assert set(test.inputs[row, n:].tolist()) <= {tokenizer.pad_token_id}
+        assert set(test.inputs[row, n:].tolist()) <= {tokenizer.eos_token_id}
     assert len(stream[0].task.test) == len(world.known())
 
 

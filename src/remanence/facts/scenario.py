@@ -101,7 +101,7 @@ class _FactStream(Stream):
 
 
 def quiz(facts: Sequence[Fact], tokenizer: Any, length: int, source_name: str) -> Data:
-    """What is asked of facts: their contexts, padded on the right, with the keyword as the only target.
+    """What is asked of facts: their contexts, filled up with EOS on the right, with the keyword as the only target.
 
     Args:
         facts: at least one.
@@ -116,7 +116,8 @@ def quiz(facts: Sequence[Fact], tokenizer: Any, length: int, source_name: str) -
     Raises:
         SettingError: a context with its keyword needs more than `length` inputs.
     """
-    inputs = torch.full((len(facts), length), tokenizer.pad_token_id or 0)
+    # not the padding token: transformers warns of it where no attention mask comes along, and nothing is read behind the keyword
+    inputs = torch.full((len(facts), length), tokenizer.eos_token_id or 0)
     targets = torch.full((len(facts), length), IGNORED)
     for row, fact in enumerate(facts):
         end = fact.keyword_at + len(fact.keyword)
