@@ -129,7 +129,8 @@ def main() -> None:
         print(gate)
     result = {
         "command": " ".join(["python", "benchmarks/facts.py", *sys.argv[1:]]), "size": size._asdict(), "chosen": list(chosen),
-        "seconds": time.monotonic() - start, "environment": environment(), "gates": [asdict(gate) for gate in gates], "tables": shown,
+        "seconds": time.monotonic() - start, "environment": environment(),
+        "gates": [asdict(gate) | {"passed": gate.passed} for gate in gates], "tables": shown,
     }  # fmt: skip
     path = RESULT.with_stem("facts-quick") if arguments.quick else RESULT
     write_whole(path, json.dumps(plain(result), indent=1) + "\n")

@@ -28,9 +28,9 @@ SHOWN = (
 class Gate:
     """One claim: what it says, what was found, whether it holds; `is_gated` False for what is only reported."""
 
-    name: str
-    claim: str
-    found: str
+    row: str
+    criterion: str
+    seen: str
     holds: bool
     is_gated: bool = True
 
@@ -40,7 +40,7 @@ class Gate:
 
     def __str__(self) -> str:
         word = ("holds" if self.holds else "FAILS") if self.is_gated else f"reported ({'holds' if self.holds else 'does not hold'})"
-        return f"{self.name:<4}{word:<26}{self.claim}: {self.found}"
+        return f"{self.row:<4}{word:<26}{self.criterion}: {self.seen}"
 
 
 def shown(value: Interval) -> str:
@@ -88,7 +88,8 @@ def _retained(curve: pd.DataFrame) -> pd.DataFrame:
     known = curve[(curve["run"] != "control") & (curve["step"] == EXPOSURES)].set_index(["seed", "fact"])["log_p_before"]
     rho = retention(run.to_numpy(), control.to_numpy(), known.loc[run.index].to_numpy())
     steps = run.columns.to_numpy() - EXPOSURES
-    return pd.DataFrame({"rho": rho[:, -1], "half_life": half_life(steps, rho), "log_p_end": run.iloc[:, -1]}, index=run.index).reset_index()
+    found = {"rho": rho[:, -1], "half_life": half_life(steps, rho), "log_p_end": run.iloc[:, -1]}
+    return pd.DataFrame(found, index=run.index).reset_index()
 
 
 def at_level(rows: pd.DataFrame, column: str = "log_p", level: float = LEVEL) -> pd.DataFrame:
@@ -179,7 +180,7 @@ def _retention(table: pd.DataFrame) -> list[Gate]:
     for other, is_gated in (("mundane", True), ("scrambled", False)):
         value = difference(learned, "rho", "outlandish", other)
         found = f"{shown(value)}; learned: {counts.get('outlandish', 0)} and {counts.get(other, 0)} facts"
-        gates.append(Gate("G4", f"retention: outlandish - {other} > 0", found, value.low > 0, is_gated))
+        gates.append(Gate("G4", f"retention of outlandish - {other}: above 0", found, value.low > 0, is_gated))
     value = difference(table, "log_p_end", "outlandish", "mundane")
     gates.append(Gate("G4", "absolute log_p at the end: outlandish - mundane < 0", shown(value), value.high < 0, is_gated=False))
     return gates
@@ -285,7 +286,8 @@ def _kinds(table: pd.DataFrame) -> list[dict[str, Any]]:
         rho = shown(median(learned, "rho")) if len(learned) else "not learned"
         half = learned["half_life"].median() if len(learned) else math.nan
         quartiles = part["log_p_before"].quantile([0.0, 0.25, 0.5, 0.75, 1.0]).round(2).tolist()
-        found.append({"kind": kind, **values, "rho": rho, "n_learned": len(learned), "half_life": half, "log_p_before_quartiles": quartiles})
+        line = {"kind": kind, **values, "rho": rho, "n_learned": len(learned), "half_life": half}
+        found.append({**line, "log_p_before_quartiles": quartiles})
     return found
 
 
