@@ -77,7 +77,7 @@ def test_tuning_gives_every_learner_the_same_rates(benchmark):
     assert recipe.seeds[0] not in read_recipe(FOLDER / "continual.yaml").seeds
 
 
-MISSED = {("M4", "head"), ("M4", "head + class token"), ("M9", "post-norm, copy")}
+MISSED = {("M4", "head"), ("M4", "head + class token"), ("M9", "post-norm, copy"), ("G4", "mundane")}
 """Scientific bars that the committed run missed: (row, rival). LEDGER.md calls each of them not reproduced."""
 
 
@@ -136,6 +136,14 @@ def _memory_seen(part, word=""):
     return [gate["seen"] for gate in _memory(part)["gates"] if word in gate["criterion"]]
 
 
+def _facts(row, word=""):
+    return [gate["seen"] for gate in _result("facts")["gates"] if gate["row"] == row and word in gate["criterion"]]
+
+
+def _tracing():
+    return "{ratio:.3f} [{ratio_low:.3f}, {ratio_high:.3f}]".format(**_result("fact_tracing")["training"])
+
+
 QUOTED = {
     "Fine-tuning on a stream": lambda: [_value("in turn", "fine-tuning", metric) for metric in ("average_accuracy", "forgetting_first")],
     "The same learner on the union": lambda: [_value("all at once", "joint", "average_accuracy")],
@@ -154,6 +162,17 @@ QUOTED = {
     "A task taken out": lambda: _memory_seen("M5", "middle of three"),
     "Many tasks in one pass": lambda: _memory_seen("M6"),
     "Memory does not transfer": lambda: [_points(_memory("M8")["extension - concatenation"])],
+    "Facts that contradict what a model knows prime": lambda: _facts("G2"),
+    "The keyword's probability": lambda: [
+        *(seen for word in ("<=", "the same", "theme") for seen in _facts("G3", word)), *_facts("G8", "permuted")
+    ],
+    "Facts that contradict what a model knows last": lambda: [*_facts("G4", "outlandish - mundane: "), *_facts("G4", "scrambled")],
+    "Ignoring the largest changes of": lambda: [*_facts("G5", "embeddings"), *_facts("G5", "_top 8 %"), *_facts("G5", "100 clean")],
+    "Ignoring the largest changes inside": lambda: _facts("G6"),
+    "A stepping stone": lambda: [*_facts("G7", "plain at P = 0.5"), *_facts("G7", "filler at P = 0.5 after its own")],
+    "At equal memory a sparse update": lambda: _facts("E4"),
+    "Tracing 100 facts": lambda: [_tracing()],
+    "Several injection runs": lambda: [f"{_result('facts_together')['difference']:.1e}"],
 }
 
 
