@@ -240,6 +240,16 @@ def test_a_sparse_update_puts_weights_back_in_a_new_folder(world, family, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_a_sparse_update_reaches_embeddings_on_request(world, tmp_path):
+    family = FAMILIES[0]
+    for name, options in (("kept", ()), ("reached", ("--embeddings",))):
+        assert erase(world, family, "--before", world / family, "--fraction", 0.3, *options, "--out", tmp_path / name) == 0
+    after = weights(world / f"tuned-{family}")
+    (table,) = (name for name in after if name.endswith("wte.weight"))
+    assert weights(tmp_path / "kept")[table].equal(after[table])
+    assert not weights(tmp_path / "reached")[table].equal(after[table])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gradient_method_needs_what_must_stay(world, family, tmp_path, capsys):
     assert erase(world, family, "--retain", world / "corpus", "--lr", 1e-3, "--out", tmp_path / "out") == 0

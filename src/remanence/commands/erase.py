@@ -65,6 +65,7 @@ def add(commands: Any, shape: Any) -> None:
     parser.add_argument("--before", type=Path, metavar="DIR", help="the model from before it learned the facts")
     parser.add_argument("--method", choices=_METHODS, help="default: sparse with --before, else gradient-difference")
     parser.add_argument("--fraction", type=float, default=0.08, metavar="SHARE", help="sparse: share of each matrix put back (0.08)")
+    parser.add_argument("--embeddings", action="store_true", help="sparse: reach embeddings and output layer too; small models need it")
     parser.add_argument("--retain", type=Path, metavar="PATH", help="what must stay: a folder of .txt files, or a file of facts")
     parser.add_argument("--held-out", type=Path, metavar="DIR", help="folder of .txt files to measure on (default: Python's documentation)")
     parser.add_argument("--prefixes", type=Path, metavar="FILE", help="prefixes of the facts' themes; without them no priming is measured")
@@ -149,7 +150,8 @@ def _retained(path: Path | None, tokenizer: Any, length: int) -> "Data | Sequenc
 
 def _announcement(arguments: argparse.Namespace, method: str, inputs: _Inputs) -> str:
     if method == _SPARSE:
-        how = f"a sparse update puts the {arguments.fraction:.0%} of each matrix back that changed most since {arguments.before}"
+        reach = "each matrix, embeddings included," if arguments.embeddings else "each matrix"
+        how = f"a sparse update puts the {arguments.fraction:.0%} of {reach} back that changed most since {arguments.before}"
     else:
         how = f"{method} takes at most {arguments.steps} steps of AdamW (lr {arguments.lr}) on a copy"
     return f"{len(inputs.facts)} facts of {arguments.model}: {how}; then the certificate is measured, relearning included"
@@ -197,8 +199,9 @@ def _put_back(arguments: argparse.Namespace, folder: Path) -> _Done:
     from remanence.erasure import sparse_checkpoint
 
     start = time.perf_counter()
-    sparse_checkpoint(arguments.before, arguments.model, folder, select="ignore_top", fraction=arguments.fraction)
-    method = {"name": "sparse update", "select": "ignore_top", "fraction": arguments.fraction, "granularity": "tensor"}
+    chosen = {"select": "ignore_top", "fraction": arguments.fraction, "include_embeddings": arguments.embeddings}
+    sparse_checkpoint(arguments.before, arguments.model, folder, **chosen)
+    method = {"name": "sparse update", **chosen, "granularity": "tensor"}
     return _Done(method, 0, time.perf_counter() - start, ())
 
 

@@ -16,6 +16,7 @@ from remanence.erasure._selection import Granularity, Kept, Pair, Rule, Selectio
 from remanence.erasure._shards import Overwriter, Shards, copy_beside_weights, shard_files, whole_folder
 from remanence.erasure.scope import Scope, default_scope, scoped_names
 from remanence.erasure.sparse import Others, Row, drift_frame, drift_row, fit, others_return, require_same_names
+from remanence.parts.hosts import no_progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,6 +109,6 @@ def write_checkpoint(model: Any, like: str | Path, out: str | Path) -> None:
     source = Path(like)
     sizes = [(source / file).stat().st_size for file in shard_files(source)]
     limit = {"max_shard_size": max(sizes)} if len(sizes) > 1 else {}
-    with whole_folder(Path(out)) as hidden:
+    with whole_folder(Path(out)) as hidden, no_progress_bar():
         model.save_pretrained(hidden, **limit)
         copy_beside_weights(source, hidden)
