@@ -1,0 +1,347 @@
+"""HyperTransformer: one forward pass turns a support set into the weights of a small CNN.
+
+    model = HyperTransformer(TargetNet(channels=8))
+    weights = model.generate(support_x, support_y)        # (B, S, C, H, W), (B, S): B tasks in one pass
+    cnn = weights.to_module()                             # a plain nn.Module for the first of them
+
+Layers are written one after the other: the support's activations behind layer l, under the weights just written, are what
+the transformer of layer l + 1 reads. There is no inner loop: training differentiates through the whole chain.
+
+Source: Zhmoginov, Sandler and Vladymyrov 2022, "HyperTransformer: Model Generation for Supervised and Semi-Supervised
+    Few-Shot Learning" (arXiv 2201.04182). ours: a trained base that every task's weights depart from, a fixed-width
+    transformer, and class means as the head's starting point; `preset="paper"` takes all three back.
+
+Axes: B tasks, S support samples, Q queries, C channels, H, W pixels, n ways, D embedding width, e code width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from remanence.errors import DataError, SettingError
+from remanence.generated.episode import UNLABELED, Episode
+from remanence.generated.features import FlatFeatures, LocalFeatures, SharedFeatures
+from remanence.generated.heads import class_means, prototype_layer
+from remanence.generated.target import TargetNet, flat, grouped
+from remanence.generated.task_weights import TaskWeights
+from remanence.generated.weight_generator import Allocation, PaperWeightGenerator, WeightGenerator, assemble, cut, slice_layout
+
+Head = Literal["proto+delta", "prototype", "generated"]
+Slices = dict[str, Tensor]
+"""What the generated layers hold: name -> (B, T, b)."""
+_HEADS = ("proto+delta", "prototype", "generated")
+_IMAGES_AT_ONCE = 1024
+"""Support images of one pass without gradients: beyond it the activations leave the cache, and a loop would be faster."""
+
+
+class HyperTransformer(nn.Module):
+    """Writes the weights of `target` from labelled, and possibly unlabelled, images.
+
+    Args:
+        target: the CNN to write for.
+        generate: which convolutions are written: "all", "logits" (none of them), or names such as ("conv3", "conv4"); the
+            others are trained and shared by all tasks. The last linear layer always belongs to the task.
+        head: the last linear layer is written by a transformer ("generated"), made of the class means ("prototype"), or is the
+            sum of both ("proto+delta"), the written part being zero at the start.
+        max_ways: most classes of a task; with random codes, `code_width` at most.
+        allocation: what a slice is: an "output" channel, or a "spatial" position of the kernel.
+        label_codes: "learned", or "random": orthonormal codes drawn for each task, the same for a class's samples and its slice of the
+            last layer. Renaming the classes then renames the answers, exactly in distribution.
+        width, depth, heads: of each layer's transformer.
+        code_width: e.
+        shared_features: width of the features that all layers read.
+        bn_stats: which statistics normalise the queries in `forward`: "query" (their own: transductive) or "support".
+        generate_norm: also write what is added to gamma and beta; needs allocation "output".
+        preset: "paper" takes the reference's form: a residual stream that carries the weights, post-LN, three layers of two heads,
+            a generated head fed by a convolution, no base. `width`, `depth`, `heads` and `head` are then the preset's.
+
+    Raises:
+        SettingError: a setting is unknown or contradicts another.
+
+    Attributes:
+        base: what the slices of each written layer start from, shared by all tasks.
+    """
+
+    def __init__(
+        self, target: TargetNet, generate: Literal["all", "logits"] | Sequence[str] = "all", head: Head = "proto+delta", max_ways: int = 20,
+        allocation: Allocation = "output", label_codes: Literal["learned", "random"] = "learned", width: int = 64, depth: int = 2,
+        heads: int = 4, code_width: int = 32, shared_features: int = 32, bn_stats: Literal["query", "support"] = "query",
+        generate_norm: bool = False, preset: Literal["paper"] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.target, self.head, self.max_ways = target, "generated" if preset == "paper" else head, max_ways
+        self.allocation, self.label_codes, self.code_width = allocation, label_codes, code_width
+        self.bn_stats, self.generate_norm, self.preset = bn_stats, generate_norm, preset
+        self._width, self._depth, self._heads = width, depth, heads
+        self.written = _written(target, generate)
+        self._check()
+        self.shared = SharedFeatures(target.in_channels, shared_features)
+        self.local, self.generators = nn.ModuleDict(), nn.ModuleDict()
+        self.base, self.kernels = nn.ParameterDict(), nn.ParameterDict()
+        self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
+        for name, side in zip(target.conv_names, target.sides, strict=False):
+            self._make_block(name, side)
+        self._make_head()
+
+    # --- construction ------------------------------------------------------------------------------------------
+
+    reads_previous = False
+
+    def _check(self) -> None:
+        for name, value, known in (
+            ("head", self.head, _HEADS), ("allocation", self.allocation, ("output", "spatial")), ("preset", self.preset, (None, "paper")),
+            ("label_codes", self.label_codes, ("learned", "random")), ("bn_stats", self.bn_stats, ("query", "support")),
+        ):  # fmt: skip
+            if value not in known:
+                raise SettingError(f"HyperTransformer: {name}={value!r} is unknown; give one of {', '.join(map(repr, known))}.")
+        if self.label_codes == "random" and self.max_ways > self.code_width:
+            raise SettingError(
+                f"HyperTransformer: {self.max_ways} ways need as many orthonormal codes, and code_width={self.code_width} holds fewer; "
+                f"raise code_width or lower max_ways."
+            )
+        if self.generate_norm and self.allocation != "output":
+            raise SettingError("HyperTransformer: generate_norm needs allocation='output': a slice must belong to one channel.")
+        if self.max_ways < 2:
+            raise SettingError(f"HyperTransformer: max_ways={self.max_ways}; a task has two classes or more.")
+
+    def _make_block(self, name: str, side: int) -> None:
+        target, kernel = self.target, torch.empty(self.target.kernel_shape(name))
+        nn.init.kaiming_normal_(kernel, nonlinearity="relu")
+        self.gamma[name], self.beta[name] = nn.Parameter(torch.ones(target.channels)), nn.Parameter(torch.zeros(target.channels))
+        if name not in self.written:
+            self.kernels[name] = nn.Parameter(kernel)
+            return
+        self.local[name] = LocalFeatures(target.in_width(name), target.channels, side)
+        n_slices, size = slice_layout(target.kernel_shape(name), self.allocation)
+        start = cut(kernel, self.allocation)
+        if self.generate_norm:
+            size, start = size + 2, torch.cat([start, start.new_zeros(n_slices, 2)], 1)
+        fan_in = target.in_width(name) * kernel.shape[2] ** 2
+        self.generators[name] = self._generator(n_slices, size, self.local[name].width, 0.1 / math.sqrt(fan_in))  # type: ignore[arg-type]
+        if self.preset is None:
+            self.base[name] = nn.Parameter(start)
+
+    def _make_head(self) -> None:
+        target = self.target
+        if self.head != "generated" or self.preset is None:
+            self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
+        if self.head == "prototype":
+            return
+        self.local["logits"] = (
+            LocalFeatures(target.channels, target.channels, target.sides[-1], n_convs=1) if self.preset else FlatFeatures(target.channels, target.sides[-1])
+        )  # fmt: skip
+        std = 0.0 if self.head == "proto+delta" else 1 / math.sqrt(target.embedding_width)
+        self.generators["logits"] = self._generator(self.max_ways, target.embedding_width + 1, self.local["logits"].width, std)  # type: ignore[arg-type]
+
+    def _generator(self, n_slices: int, size: int, local_width: int, std: float) -> nn.Module:
+        features = local_width + self.shared.width
+        if self.preset == "paper":
+            return PaperWeightGenerator(n_slices, size, features, self.max_ways, self.code_width, reads_previous=self.reads_previous)
+        return WeightGenerator(
+            n_slices, size, features, self.max_ways, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous
+        )
+
+    # --- the one pass ------------------------------------------------------------------------------------------
+
+    def generate(
+        self, support_x: Tensor, support_y: Tensor, mask: Tensor | None = None, class_names: Sequence[Sequence[str]] = (),
+        allow_empty: bool = False,
+    ) -> TaskWeights:  # fmt: skip
+        """Write the weights of B tasks.
+
+        Args:
+            support_x: (B, S, C, H, W) float.
+            support_y: (B, S) int64 slots 0..n-1 of the classes, or `UNLABELED`.
+            mask: (B, S) bool, True = present; None when all are. An absent sample changes nothing.
+            class_names: for each task, the names of its slots.
+            allow_empty: a class may have no labelled sample; it is then never the answer.
+
+        Returns:
+            Weights with a leading task axis, with the statistics of the support set recorded.
+
+        Raises:
+            DataError: shapes, labels or pixels are not as said above, or the written weights are not finite.
+        """
+        self.target.require_fit(support_x)
+        episode = Episode(
+            support_x, support_y, support_x[:, :0], support_mask=mask, class_names=tuple(map(tuple, class_names)), allow_empty=allow_empty
+        )
+        tensors = self._in_chunks(support_x, support_y, mask, episode.n_max)
+        for name, value in tensors.items():
+            if name != "logits.bias" and not value.isfinite().all():
+                raise DataError(f"the weights written for {name} are not finite; look at the images' range, or go back to an earlier state.")
+        return TaskWeights(self.target, tensors, episode.ways, episode.class_names)
+
+    def forward(self, episode: Episode, draw: torch.Generator | None = None) -> Tensor:
+        """Logits (B, Q, n) of an episode's queries; -inf for slots that a task does not use.
+
+        Args:
+            episode: B tasks.
+            draw: with random label codes, what they are drawn from; by default they are the same at every call.
+        """
+        codes = self._codes(len(episode.support_x), draw)
+        tensors = self._write(episode.support_x, episode.support_y, episode.support_mask, episode.n_max, codes)
+        return self.target.functional(episode.query_x, tensors, self.bn_stats)
+
+    def _in_chunks(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int) -> dict[str, Tensor]:
+        """All tasks at once while gradients are kept; else so many at a time as fit the cache."""
+        n_tasks = len(x)
+        size = n_tasks if torch.is_grad_enabled() else max(1, _IMAGES_AT_ONCE // x.shape[1])
+        parts = []
+        for first in range(0, n_tasks, size):
+            rows = slice(first, first + size)
+            codes = self._codes(len(x[rows]), None)
+            parts.append(self._write(x[rows], y[rows], None if mask is None else mask[rows], n_ways, codes))
+        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _write(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int, codes: Tensor | None) -> dict[str, Tensor]:
+        labels = self._rows(y, n_ways)
+        shared = self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
+        return tensors | self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
+
+    def _rows(self, y: Tensor, n_ways: int) -> Tensor:
+        """Slots -> rows of the code tables."""
+        if n_ways > self.max_ways:
+            raise DataError(
+                f"a task of {n_ways} ways, but this HyperTransformer was trained for at most {self.max_ways}; train one with larger max_ways."
+            )
+        return torch.where(y == UNLABELED, self.max_ways, y)
+
+    def _codes(self, n_tasks: int, draw: torch.Generator | None) -> Tensor | None:
+        """(B, max_ways + 1, e): orthonormal codes of the classes, and the learned one of "no label"; None with learned codes."""
+        if self.label_codes == "learned":
+            return None
+        draw = draw or torch.Generator().manual_seed(0)
+        codes = torch.linalg.qr(torch.randn(n_tasks, self.code_width, self.code_width, generator=draw))[0][:, : self.max_ways]
+        codes = math.sqrt(self.code_width) * codes  # as long as a learned one
+        unlabeled = self._any_generator().label_codes[-1].expand(n_tasks, 1, -1)
+        return torch.cat([codes.to(unlabeled), unlabeled], 1)
+
+    def _any_generator(self) -> WeightGenerator:
+        return next(iter(self.generators.values()))  # type: ignore[return-value]
+
+    def trunk(
+        self, x: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Slices | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Slices]:
+        """Write the convolutions one after the other.
+
+        Args:
+            x: (B, S, C, H, W).
+            labels: (B, S) rows of the code tables.
+            shared: (B, S, shared_features).
+            mask: (B, S) bool.
+            codes: (B, max_ways + 1, e).
+            previous: what the layers held before; the base by default.
+
+        Returns:
+            Tensors of the convolutions; embeddings of the support (B, S, D); what the layers hold now.
+        """
+        n_tasks, z = len(x), grouped(x)
+        tensors: dict[str, Tensor] = {}
+        held: Slices = {}
+        for name in self.target.conv_names:
+            gamma, beta = (values[name].expand(n_tasks, -1) for values in (self.gamma, self.beta))
+            if name in self.written:
+                features = torch.cat([self._local(name, z, n_tasks), shared], -1)
+                held[name] = self.update(name, features, labels, mask, codes, None if previous is None else previous[name])
+                kernel, gamma, beta = self._parse(name, held[name], gamma, beta)
+            else:
+                kernel = self.kernels[name]
+            z = self.target.convolve(z, kernel)
+            if self.target.norm == "batch":
+                mean, variance = self.target.statistics(z, n_tasks, mask)
+                tensors |= {f"{name}.mean": mean, f"{name}.var": variance}
+                z = self.target.normalise(z, gamma, beta, (mean, variance))
+            else:
+                z = self.target.normalise(z, gamma, beta)
+            tensors |= {f"{name}.weight": kernel, f"{name}.gamma": gamma, f"{name}.beta": beta}
+        return tensors, flat(z, n_tasks), held
+
+    def update(
+        self, name: str, features: Tensor, labels: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Tensor | None
+    ) -> Tensor:
+        """What a layer's slices hold after this support set: (B, T, b)."""
+        written: Tensor = self.generators[name](features, labels, mask, codes)
+        return written + self.base[name] if name in self.base else written
+
+    def _local(self, name: str, z: Tensor, n_tasks: int) -> Tensor:
+        """(S, B*C, H, W) -> (B, S, width): features that the layer's transformer reads of its activations."""
+        per_sample = self.local[name](z.unflatten(1, (n_tasks, -1)).flatten(0, 1))
+        return per_sample.unflatten(0, (len(z), n_tasks)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    def _parse(self, name: str, slices: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.generate_norm:
+            gamma, beta = gamma + slices[..., -2], beta + slices[..., -1]
+            slices = slices[..., :-2]
+        return assemble(slices, self.target.kernel_shape(name), self.allocation), gamma, beta
+
+    def last_layer(
+        self, embeddings: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, n_ways: int,
+        previous: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:  # fmt: skip
+        """The task's linear layer from the support's embeddings (B, S, D).
+
+        Returns:
+            "logits.weight" (B, n, D) and "logits.bias" (B, n), -inf where a slot has no labelled sample; and what a transformer wrote.
+        """
+        means, counts = class_means(embeddings, labels, n_ways, mask)
+        weight = bias = held = None
+        if self.head != "generated":
+            weight, bias = prototype_layer(means, self.log_scale.exp())
+        if self.head != "prototype":
+            held = self.write_head(embeddings, labels, shared, mask, codes, n_ways, previous)
+            weight = held[..., :-1] if weight is None else weight + held[..., :-1]
+            bias = held[..., -1] if bias is None else bias + held[..., -1]
+        assert weight is not None
+        assert bias is not None
+        return {"logits.weight": weight, "logits.bias": bias.masked_fill(counts == 0, -torch.inf)}, held
+
+    def write_head(
+        self, embeddings: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, n_ways: int,
+        previous: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The written part of the last layer: (B, n, D + 1), weight rows with their bias."""
+        maps = embeddings.unflatten(-1, (self.target.channels, self.target.sides[-1], self.target.sides[-1]))
+        local = self.local["logits"](maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+        generator = self._generators_logits()
+        classes = generator.slice_codes[:n_ways].expand(len(embeddings), -1, -1) if codes is None else codes[:, :n_ways]
+        written: Tensor = generator(torch.cat([local, shared], -1), labels, mask, codes, previous, classes)
+        return written
+
+    def _generators_logits(self) -> WeightGenerator:
+        return self.generators["logits"]  # type: ignore[return-value]
+
+    def episode_variation(self, episode: Episode) -> dict[str, float]:
+        """How far the written kernels move between tasks: name -> standard deviation over tasks / norm of the mean.
+
+        A value near zero says that the support set is ignored and the base does all the work. The paper reports 10 to 15 %.
+        """
+        with torch.no_grad():
+            weights = self.generate(episode.support_x, episode.support_y, episode.support_mask)
+        found = {}
+        for name in self.written:
+            kernels = weights.tensors[f"{name}.weight"].flatten(1)
+            deviation = (kernels - kernels.mean(0)).square().sum(1).mean().sqrt()
+            found[name] = (deviation / kernels.mean(0).norm()).item()
+        return found
+
+
+def _written(target: TargetNet, generate: str | Sequence[str]) -> tuple[str, ...]:
+    if generate == "all":
+        return target.conv_names
+    if generate == "logits":
+        return ()
+    names = (generate,) if isinstance(generate, str) else tuple(generate)
+    unknown = [name for name in names if name not in target.conv_names]
+    if unknown:
+        raise SettingError(f"HyperTransformer: generate names {unknown}; this net has {', '.join(target.conv_names)}, or say 'all' or 'logits'.")
+    return tuple(name for name in target.conv_names if name in names)
+
+
+def support_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The recorded statistics among a task's tensors."""
+    return {name: value for name, value in tensors.items() if name.endswith((".mean", ".var"))}
