@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from remanence.errors import DataError
+from remanence.errors import DataError, SettingError
 from remanence.streams import Source
-from remanence.streams.source import require_one_shape, require_square, variants
+from remanence.streams.source import require_one_shape, require_square, variants, with_variant
 from remanence.task import origins
 
-_TURN_UNIT = 1 << 31  # where example ids carry their variant
+_ROW = (1 << 31) - 1  # the bits of an example id that number its row
 
 
 class Pool:
@@ -27,7 +27,7 @@ class Pool:
 
     Attributes:
         n_rows: (n_upright,) how many rows a class has.
-        class_ids: (M,) int64, the same for the same class wherever it is drawn: the bits of its source, the turn and the label.
+        class_ids: (M,) int64, the same for the same class wherever it is drawn; made of its source, turn and label.
         names: of the M classes.
 
     Raises:
@@ -41,6 +41,7 @@ class Pool:
                 _require_upright(source)
         self.images = tuple(source.images for source in sources)
         self.sizes = tuple(len(source.classes) for source in sources)
+        self._sources = tuple(sources)
         self.first = tuple(sum(self.sizes[:index]) for index in range(len(sources)))
         self.n_upright = sum(self.sizes)
         self.n_turns = 4 if quarter_turns else 1
@@ -48,7 +49,7 @@ class Pool:
         upright = torch.cat([class_ids(source) for source in sources])
         if len(torch.unique(upright)) < len(upright):
             raise DataError(f"the sources {[source.name for source in sources]} share classes; select different classes of each.")
-        self.class_ids = torch.cat([upright + turn * _TURN_UNIT for turn in range(self.n_turns)])
+        self.class_ids = torch.cat([with_variant(upright, turn) for turn in range(self.n_turns)])
         names = [source.class_names[label] for source in sources for label in source.classes]
         self.names = names + [f"{name} turned {90 * turn}°" for turn in range(1, self.n_turns) for name in names]
 
@@ -56,11 +57,26 @@ class Pool:
         counts = [torch.unique(source.labels, return_counts=True)[1] for source in sources]
         self.n_rows = torch.cat(counts)
         self._source_of = torch.arange(len(sources)).repeat_interleave(torch.tensor(self.sizes))
-        self._rows = torch.zeros(self.n_upright, int(self.n_rows.max()), dtype=torch.int64)
-        present = torch.arange(self._rows.shape[1]) < self.n_rows[:, None]
+        self._table = torch.zeros(self.n_upright, int(self.n_rows.max()), dtype=torch.int64)
+        self._present = torch.arange(self._table.shape[1]) < self.n_rows[:, None]
         # boolean assignment fills class by class, which is the order of a stable sort by label
-        self._rows[present] = torch.cat([torch.argsort(source.labels, stable=True) for source in sources])
-        self._columns = present
+        self._table[self._present] = torch.cat([torch.argsort(source.labels, stable=True) for source in sources])
+
+    def require_classes(self, needed: int) -> None:
+        """Refuse a source with fewer than `needed` classes, turned ones included."""
+        for source, size in zip(self._sources, self.sizes, strict=True):
+            if size * self.n_turns < needed:
+                n_classes = size * self.n_turns
+                raise SettingError(f"{needed} different classes are needed, '{source.name}' has {n_classes}; lower ways or n_tasks.")
+
+    def require_rows(self, needed: int) -> None:
+        """Refuse a class with fewer than `needed` rows."""
+        fewest = int(self.n_rows.argmin())
+        if int(self.n_rows[fewest]) < needed:
+            raise DataError(
+                f"class '{self.names[fewest]}' has {int(self.n_rows[fewest])} rows, shots, unlabelled and queries need {needed}; "
+                f"lower them or leave such classes out."
+            )
 
     def draw_classes(self, source: int, shape: tuple[int, ...], n: int, generator: Generator) -> Tensor:
         """(*shape, n) int64: different classes of one source, in random order."""
@@ -74,9 +90,9 @@ class Pool:
         What lies beyond the number of rows of a class repeats its first row of the source; callers never read it.
         """
         upright = classes % self.n_upright
-        order = torch.rand(*classes.shape, self._rows.shape[1], generator=generator)
-        order = torch.where(self._columns[upright], order, -1.0)
-        return self._rows[upright].gather(-1, order.topk(min(n, order.shape[-1])).indices)
+        order = torch.rand(*classes.shape, self._table.shape[1], generator=generator)
+        order = torch.where(self._present[upright], order, -1.0)
+        return self._table[upright].gather(-1, order.topk(min(n, order.shape[-1])).indices)
 
     def pixels(self, classes: Tensor, rows: Tensor) -> Tensor:
         """The images, turned as their classes are.
@@ -108,11 +124,12 @@ class Pool:
 
 
 def class_ids(source: Source) -> Tensor:
-    """(n classes,) int64, ascending by label: the bits that name the source of a class, and its label."""
+    """(n classes,) int64, ascending by label: example ids of the source with the label in place of the row."""
     order = torch.argsort(source.labels, stable=True)
     labels, counts = torch.unique(source.labels, return_counts=True)
     first = order[counts.cumsum(0) - counts]
-    return (origins(source.ids[first]) >> 39 << 39) | labels
+    ids: Tensor = (origins(source.ids[first]) & ~_ROW) | labels
+    return ids
 
 
 def _require_upright(source: Source) -> None:

@@ -1,5 +1,11 @@
 """Episodes and sequences of episodes from labelled sources: a step's draw is a pure function of (seed, step).
 
+    train, test = EpisodeSampler(omniglot(), quarter_turns=True), EpisodeSampler(omniglot("evaluation"), seed=1)
+    require_disjoint(train, test)
+    episode = train.sample(step=0)
+
+Nothing random is stored, so a run that resumes at step k needs only k. Which class gets which slot is drawn anew each time.
+
 Axes: B tasks or sequences; T tasks of a sequence; n ways; r rows of a class; S support; Q query.
 """
 
@@ -8,31 +14,51 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from remanence.generated._pool import Pool
+from remanence.errors import DataError, SettingError
+from remanence.generated._pool import Pool, class_ids
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.keys import generator
 from remanence.streams import Source
+from remanence.task import origins
+
+Range = int | tuple[int, int]
 
 
 class EpisodeSampler:
     """Independent tasks of one source.
 
+    The support rows of a task stand class by class, the labelled ones of all classes first; so do its queries. No row of a class
+    is drawn twice in a task; a class and its turned copies draw apart.
+
     Args:
-        source: all its rows are drawn from.
+        source: all its rows are drawn from; its images are not copied.
         ways: classes of a task; a range (lo, hi) is drawn once a step, so that the tasks of a step share it.
-        shots: labelled rows of a class; a range is drawn for every class of every task and padded with the mask.
+        shots: labelled rows of a class; a range is drawn for every class of every task, and what is missing of its upper end is
+            masked, black and unlabelled.
         queries: query rows of a class.
         tasks: per step.
         unlabeled: further support rows of every class, whose label is withheld; they stand behind the labelled ones.
-        quarter_turns: a class turned by 90, 180 or 270° is a class of its own.
+        quarter_turns: a class turned anticlockwise by 90, 180 or 270° is a class of its own, and may meet the upright one in a task.
         seed: what all draws depend on.
+
+    Raises:
+        SettingError: a number below 1 (`unlabeled`: below 0), a range that runs backwards, or more ways than classes.
+        DataError: a class has fewer rows than shots, unlabelled and queries together; images that cannot be turned.
+
+    Source: Vinyals et al. 2016 (arXiv 1606.04080); turned classes as in Santoro et al. 2016 (arXiv 1605.06065).
+
+    Example:
+        >>> from remanence.streams import digits
+        >>> episode = EpisodeSampler(digits(), ways=3, shots=(1, 4), queries=2, tasks=6).sample(step=10)
+        >>> episode.support_x.shape, episode.query_y[0]
+        (torch.Size([6, 12, 1, 8, 8]), tensor([0, 0, 1, 1, 2, 2]))
     """
 
     def __init__(
         self,
         source: Source,
-        ways: int | tuple[int, int] = 5,
-        shots: int | tuple[int, int] = 1,
+        ways: Range = 5,
+        shots: Range = 1,
         queries: int = 15,
         tasks: int = 8,
         unlabeled: int = 0,
@@ -40,9 +66,14 @@ class EpisodeSampler:
         seed: int = 0,
     ) -> None:
         self.source = source
-        self.ways, self.shots = _as_range(ways), _as_range(shots)
+        self.ways, self.shots = _bounds("ways", ways), _bounds("shots", shots)
+        _require_counts(queries=queries, tasks=tasks)
+        if unlabeled < 0:
+            raise SettingError(f"unlabeled: {unlabeled}; give 0 or more rows of every class.")
         self.queries, self.tasks, self.unlabeled, self.seed = queries, tasks, unlabeled, seed
         self._pool = Pool([source], quarter_turns)
+        self._pool.require_classes(self.ways[1])
+        self._pool.require_rows(self.shots[1] + unlabeled + queries)
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -55,12 +86,12 @@ class EpisodeSampler:
         n, shots = _number(self.ways, draw), self.shots[1]
         classes = self._pool.draw_classes(0, (self.tasks,), n, draw)
         rows = self._pool.draw_rows(classes, shots + self.unlabeled + self.queries, draw)
-        query, labelled, unlabelled = rows.split((self.queries, shots, self.unlabeled), dim=2)
+        query, labelled, unlabelled = torch.split(rows, [self.queries, shots, self.unlabeled], dim=2)
         present = None
         if self.shots[0] < shots:
             per_class = torch.randint(self.shots[0], shots + 1, (self.tasks, n, 1), generator=draw)
             present = torch.arange(shots) < per_class
-        return _episode(self._pool, classes, query, labelled, unlabelled, present)
+        return _episode(self._pool, classes, query, labelled, present, unlabelled)
 
 
 class SequenceSampler:
@@ -69,16 +100,29 @@ class SequenceSampler:
     Args:
         sources: one, or several of one image shape; every task of every sequence then draws its source at random.
         n_tasks: of a sequence; a range (lo, hi) is drawn once a step.
-        ways, shots, queries: as in `EpisodeSampler`.
+        ways, shots, queries: as in `EpisodeSampler`, without ranges.
         sequences: per step.
-        repeat_prob: how likely each class of a later task is replaced by one that its sequence saw before.
+        repeat_prob: how likely each class of a later task is replaced by one that its sequence saw before, of whichever source.
+            It then comes with rows that the sequence has not shown while there are any, and after that with its former queries.
         quarter_turns, seed: as in `EpisodeSampler`.
+
+    Raises:
+        SettingError: a number below 1, a range that runs backwards, `repeat_prob` outside [0, 1], no source, or a source with
+            fewer classes than all tasks of a sequence need, since they may all draw from it.
+        DataError: a class has fewer rows than shots and queries together; image shapes differ; a class stands in two sources;
+            images that cannot be turned.
+
+    Example:
+        >>> from remanence.streams import digits
+        >>> tasks = SequenceSampler(digits(), n_tasks=(2, 3), ways=3, sequences=2).sample(step=0)
+        >>> [task.class_names[0] for task in tasks]
+        [('3', '8', '7'), ('1', '6', '0'), ('5', '4', '2')]
     """
 
     def __init__(
         self,
         sources: Sequence[Source] | Source,
-        n_tasks: int | tuple[int, int] = 3,
+        n_tasks: Range = 3,
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,
@@ -88,10 +132,17 @@ class SequenceSampler:
         seed: int = 0,
     ) -> None:
         self.sources = (sources,) if isinstance(sources, Source) else tuple(sources)
-        self.n_tasks = _as_range(n_tasks)
+        if not self.sources:
+            raise SettingError("sources: none is given; give at least one.")
+        self.n_tasks = _bounds("n_tasks", n_tasks)
+        _require_counts(ways=ways, shots=shots, queries=queries, sequences=sequences)
+        if not 0 <= repeat_prob <= 1:
+            raise SettingError(f"repeat_prob: {repeat_prob} lies outside [0, 1].")
         self.ways, self.shots, self.queries, self.sequences = ways, shots, queries, sequences
         self.repeat_prob, self.seed = repeat_prob, seed
         self._pool = Pool(self.sources, quarter_turns)
+        self._pool.require_classes(self.n_tasks[1] * ways)
+        self._pool.require_rows(shots + queries)
 
     def sample(self, step: int) -> tuple[Episode, ...]:
         """The tasks of a step in their order, each an episode with B = `sequences`."""
@@ -99,13 +150,13 @@ class SequenceSampler:
         n_tasks = _number(self.n_tasks, draw)
         fresh = self._fresh(n_tasks, draw)
         slots = self._slots(n_tasks, draw)
-        classes = fresh.gather(1, slots)
-        rows = self._rows(fresh, slots, draw).unflatten(1, (n_tasks, self.ways))
-        query, labelled, rest = rows.split((self.queries, self.shots, 0), dim=3)
-        classes = classes.unflatten(1, (n_tasks, self.ways))
-        return tuple(
-            _episode(self._pool, classes[:, task], query[:, task], labelled[:, task], rest[:, task], None) for task in range(n_tasks)
+        by_task = zip(
+            torch.split(fresh.gather(1, slots), self.ways, dim=1),
+            torch.split(self._rows(fresh, slots, draw), self.ways, dim=1),
+            strict=True,
         )
+        # queries first: when a class has used up its rows, its former queries come again before its former support
+        return tuple(_episode(self._pool, classes, rows[..., : self.queries], rows[..., self.queries :]) for classes, rows in by_task)
 
     def _fresh(self, n_tasks: int, draw: Generator) -> Tensor:
         """(B, T * n) different classes, task by task."""
@@ -144,7 +195,9 @@ class SequenceSampler:
         return order.gather(2, position % n_rows[..., None])
 
 
-def _episode(pool: Pool, classes: Tensor, query: Tensor, labelled: Tensor, unlabelled: Tensor, present: Tensor | None) -> Episode:
+def _episode(
+    pool: Pool, classes: Tensor, query: Tensor, labelled: Tensor, present: Tensor | None = None, unlabelled: Tensor | None = None
+) -> Episode:
     """Of classes (B, n), rows (B, n, r) of each kind, and which labelled ones are there (B, n, shots)."""
     n_tasks, n = classes.shape
     slot = torch.arange(n)
@@ -155,8 +208,8 @@ def _episode(pool: Pool, classes: Tensor, query: Tensor, labelled: Tensor, unlab
         mask = present.flatten(1)
         support_y = torch.where(mask, support_y, UNLABELED)
         support_x.mul_(mask[..., None, None, None])
-    n_unlabelled = n * unlabelled.shape[2]
-    if n_unlabelled:
+    if unlabelled is not None and unlabelled.shape[2]:
+        n_unlabelled = n * unlabelled.shape[2]
         support_x = torch.cat([support_x, pool.pixels(classes, unlabelled)], dim=1)
         support_y = torch.cat([support_y, torch.full((n_tasks, n_unlabelled), UNLABELED)], dim=1)
         mask = mask if mask is None else torch.cat([mask, torch.ones(n_tasks, n_unlabelled, dtype=torch.bool)], dim=1)
@@ -172,8 +225,45 @@ def _episode(pool: Pool, classes: Tensor, query: Tensor, labelled: Tensor, unlab
     )
 
 
-def _as_range(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def require_disjoint(first: "Source | EpisodeSampler | SequenceSampler", second: "Source | EpisodeSampler | SequenceSampler") -> None:
+    """Refuse two sets, meta-training and test say, that share a class or an image.
+
+    A class is a label of one untouched source, so `part`, which splits the rows of every class, does not make two sets disjoint.
+
+    Raises:
+        DataError: with the first classes that both have, or the number of images that stand in both, turned or not.
+    """
+    for one in _sources(first):
+        for other in _sources(second):
+            in_both = torch.isin(class_ids(one), class_ids(other))
+            shared = [one.class_names[label] for label in torch.tensor(one.classes)[in_both].tolist()]
+            if shared:
+                raise DataError(
+                    f"'{one.name}' and '{other.name}' share {len(shared)} classes (first three: {shared[:3]}); "
+                    f"select classes of the source so that none is in both."
+                )
+            n_images = int(torch.isin(origins(one.ids), origins(other.ids)).sum())
+            if n_images:
+                raise DataError(f"{n_images} images of '{one.name}' stand in '{other.name}' too, turned; select classes before turning.")
+
+
+def _sources(of: "Source | EpisodeSampler | SequenceSampler") -> tuple[Source, ...]:
+    if isinstance(of, Source):
+        return (of,)
+    return of.sources if isinstance(of, SequenceSampler) else (of.source,)
+
+
+def _require_counts(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise SettingError(f"{name}: {value}; give 1 or more.")
+
+
+def _bounds(name: str, value: Range) -> tuple[int, int]:
+    bounds = (value, value) if isinstance(value, int) else tuple(value)
+    if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+        raise SettingError(f"{name}: {value}; give a number from 1, or a range (low, high) from 1 with low no larger than high.")
+    return bounds
 
 
 def _number(bounds: tuple[int, int], draw: Generator) -> int:
