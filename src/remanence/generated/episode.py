@@ -140,8 +140,8 @@ class Episode:
     def from_learn2learn(cls, batch: tuple[Tensor, Tensor], shots: int, ways: int) -> "Episode":
         """One task as learn2learn's task sets give it, with labels remapped to 0..ways-1 (`RemapLabels`).
 
-        With as many queries as shots every other row, from the first on, is support, as in learn2learn's MAML examples; with
-        another number it is the first `shots` rows of each class, as in `partition_task` and its prototypical example.
+        With as many queries as shots every other row of a class, from the first on, is support, as in learn2learn's MAML examples;
+        with another number it is the first `shots` rows of each class, as in its `partition_task` and prototypical example.
 
         Args:
             batch: data (R, C, H, W) and labels (R,), with R / ways rows of each class, more than `shots`.
@@ -220,10 +220,7 @@ def _learn2learn_support(labels: Tensor, shots: int, ways: int, n_rows: int) -> 
             f"{n_rows} rows with {len(labels)} labels of {len(slots)} classes do not make {ways} classes of {shots} shots and as many "
             f"queries each; give learn2learn's KShots shots + queries rows."
         )
-    is_support = torch.zeros(n_rows, dtype=torch.bool, device=labels.device)
-    if per_class == 2 * shots:
-        is_support[::2] = True
-        return is_support
     by_class = torch.argsort(labels, stable=True).view(ways, per_class)
-    is_support[by_class[:, :shots]] = True
+    is_support = torch.zeros(n_rows, dtype=torch.bool, device=labels.device)
+    is_support[by_class[:, ::2] if per_class == 2 * shots else by_class[:, :shots]] = True
     return is_support
