@@ -84,6 +84,7 @@ class ContinualHyperTransformer(HyperTransformer):
             if value not in known:
                 raise SettingError(f"ContinualHyperTransformer: {name}={value!r}; give one of {', '.join(map(repr, known))}.")
         super().__init__(target, head=head, **settings)  # type: ignore[arg-type]
+        self.settings |= {"scenario": scenario, "update": update, "carry": carry, "renorm": renorm}
         self.scenario, self.carry, self.renorm, self.update_form = scenario, carry, renorm, update
         if head == "generated":
             self.base["logits"] = nn.Parameter(torch.zeros(1, target.embedding_width + 1))

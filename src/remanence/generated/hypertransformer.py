@@ -62,6 +62,7 @@ class HyperTransformer(nn.Module):
         SettingError: a setting is unknown or contradicts another.
 
     Attributes:
+        settings: all arguments but the target, as they were given.
         base: what the slices of each written layer start from, shared by all tasks.
     """
 
@@ -71,7 +72,9 @@ class HyperTransformer(nn.Module):
         heads: int = 4, code_width: int = 32, shared_features: int = 32, bn_stats: Literal["query", "support"] = "query",
         generate_norm: bool = False, preset: Literal["paper"] | None = None,
     ) -> None:  # fmt: skip
+        settings = {name: value for name, value in locals().items() if name not in ("self", "target", "__class__")}
         super().__init__()
+        self.settings = settings
         self.target, self.head, self.max_ways = target, "generated" if preset == "paper" else head, max_ways
         self.allocation, self.label_codes, self.code_width = allocation, label_codes, code_width
         self.bn_stats, self.generate_norm, self.preset = bn_stats, generate_norm, preset
