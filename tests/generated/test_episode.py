@@ -150,6 +150,11 @@ def test_a_huge_label_is_refused_without_a_table_of_that_size():
         Episode(**{**parts(shots=1), "support_y": torch.tensor([[0, 1, 10**15], [0, 1, 2]])})
 
 
+def test_more_ways_than_samples_are_refused():
+    with pytest.raises(DataError, match="task 1 has no labelled sample of class 3"):
+        Episode(**parts(shots=1), ways=torch.tensor([3, 4]))
+
+
 def test_a_task_without_any_label_is_refused():
     made = parts()
     made["support_y"][1] = UNLABELED
@@ -320,7 +325,7 @@ def test_an_episode_moves_to_an_accelerator():
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=st.data(), ways=st.integers(1, 6), extra=st.integers(0, 5))
+@given(data=st.data(), ways=st.integers(2, 6), extra=st.integers(-1, 5))
 def test_a_support_is_refused_exactly_when_a_class_has_no_shot(data, ways, extra):
     n = ways + extra
     labels = data.draw(st.lists(st.integers(-1, ways - 1), min_size=n, max_size=n))

@@ -282,17 +282,19 @@ def test_repeated_classes_come_from_earlier_tasks_at_the_rate_asked_for():
 
 
 def test_always_repeating_stays_with_the_first_classes_in_new_slots():
-    tasks = SequenceSampler(coded_source(SIZES), n_tasks=2, ways=3, queries=1, sequences=50, repeat_prob=1.0).sample(0)
+    tasks = SequenceSampler(coded_source(SIZES), n_tasks=3, ways=2, queries=1, sequences=50, repeat_prob=1.0).sample(0)
     assert all(torch.equal(task.class_ids.sort().values, tasks[0].class_ids.sort().values) for task in tasks)
     assert any(not torch.equal(task.class_ids, tasks[0].class_ids) for task in tasks[1:])
 
 
 def test_a_repeated_class_shows_fresh_rows_while_there_are_any():
-    source = coded_source(dict.fromkeys(range(9), 8))
+    source = coded_source({label: 8 if label < 8 else 5 for label in range(12)})
     tasks = SequenceSampler(source, n_tasks=4, ways=2, shots=1, queries=1, sequences=60, repeat_prob=1.0).sample(0)
     for sequence in range(60):
         rows = torch.cat([torch.cat([rows_of(task.support_x[sequence]), rows_of(task.query_x[sequence])]) for task in tasks])
-        assert len(torch.unique(rows)) == len(rows) == 16  # two classes of eight rows, all used
+        labels, used = torch.unique(source.labels[torch.unique(rows)], return_counts=True)
+        assert len(rows) == 16
+        assert torch.equal(used, torch.where(labels < 8, 8, 5))  # four pairs use up every row of both classes
     for task in tasks:
         assert_true_to(task, source)
 
