@@ -1,6 +1,7 @@
 """What several stores need and none owns."""
 
 from remanence.parts.buffer import ReservoirBuffer
+from remanence.parts.export import export_onnx
 from remanence.parts.fisher import diagonal_fisher
 from remanence.parts.gradient import GradientLearner, run_verb
 from remanence.parts.heads import ClassHead, PrototypeHead
@@ -22,6 +23,7 @@ __all__ = [
     "TaskBook",
     "VisionHost",
     "diagonal_fisher",
+    "export_onnx",
     "held_out_loss",
     "load_language_model",
     "load_tokenizer",

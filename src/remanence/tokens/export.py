@@ -8,14 +8,15 @@ Axes: B batch, C classes.
 """
 
 import copy
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from remanence.errors import MissingExtra, SettingError
+from remanence.errors import SettingError
+from remanence.parts import export_onnx
 from remanence.tokens.memory import MemoryViT
+
+__all__ = ["AllTasksReader", "TaskReader", "export_onnx"]
 
 
 class AllTasksReader(nn.Module):
@@ -69,35 +70,3 @@ class TaskReader(nn.Module):
         """(B, C, H, W) -> (B, C)."""
         scaled = (pixels - self.all.mean) / self.all.std
         return self.all.memory(scaled, [self.task]).logits[self.task]  # type: ignore[no-any-return]
-
-
-def export_onnx(reader: nn.Module, example: Tensor, path: str | Path) -> None:
-    """Write a reader as ONNX: input `pixels` with a free batch axis; output `logits`, or one output per task bearing its name.
-
-    Args:
-        reader: a `TaskReader` or an `AllTasksReader`.
-        example: (B, C, H, W) pixels, B at least 2.
-
-    Raises:
-        MissingExtra: onnx or onnxscript is not installed.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra(f"{error.name} is not installed; pip install 'remanence[onnx]'.") from error
-    outputs = reader.memory.tasks if isinstance(reader, AllTasksReader) else ["logits"]
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter calls what torch deprecates
-        torch.onnx.export(
-            reader,
-            (example,),
-            str(path),
-            input_names=["pixels"],
-            output_names=outputs,
-            dynamic_shapes=shapes,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
