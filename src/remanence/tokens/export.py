@@ -9,7 +9,6 @@ Axes: B batch, C classes.
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from remanence.errors import SettingError
