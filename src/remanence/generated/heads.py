@@ -1,7 +1,9 @@
-"""The last layer of a generated CNN: class means as a linear layer, and how many ways a batch of tasks has.
+"""The last layer of a generated CNN: class means as a linear layer.
 
 Axes: B tasks, S support samples, D embedding width, n ways.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ def class_means(embeddings: Tensor, labels: Tensor, n_classes: int, present: Ten
         member = member & present[..., None]
     member = member.to(embeddings.dtype)
     counts = member.sum(1)
-    return member.transpose(1, 2) @ embeddings / counts.clamp(min=1)[..., None], counts
+    with torch.autocast(embeddings.device.type, enabled=False):  # distances between means do not bear eight bits
+        return member.transpose(1, 2) @ embeddings / counts.clamp(min=1)[..., None], counts
 
 
 def prototype_layer(means: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,3 +43,10 @@ def prototype_layer(means: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def squared_distances(embeddings: Tensor, means: Tensor) -> Tensor:
     """(B, N, D) and (B, n, D) -> (B, N, n), by differences: no digits are lost to cancellation."""
     return (embeddings[:, :, None] - means[:, None]).square().sum(-1)
+
+
+def linear(embeddings: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings (B, N, D) -> logits (B, N, n) by "logits.weight" (B, n, D) and "logits.bias" (B, n)."""
+    bias, weight = tensors["logits.bias"][:, None], tensors["logits.weight"].transpose(1, 2)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return torch.baddbmm(bias.to(embeddings.dtype), embeddings, weight.to(embeddings.dtype))

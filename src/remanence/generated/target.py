@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import DataError, SettingError
+from remanence.generated.heads import linear
 
 Norm = Literal["batch", "group"]
 Statistics = tuple[Tensor, Tensor]
@@ -43,7 +44,8 @@ class TargetNet:
             statistics are recorded; "group" normalises every image by itself.
 
     Raises:
-        SettingError: a number is below 1, the norm is unknown, or the images are too small for so many blocks.
+        SettingError: a number is below 1, the norm is unknown, the images are too small for so many blocks, or a norm over single
+            images has one number to normalise.
 
     Source: Vinyals et al. 2016 (arXiv 1606.04080), four blocks; the order of ReLU, pooling and normalisation is that of
         Zhmoginov, Sandler and Vladymyrov 2022 (arXiv 2201.04182).
@@ -71,6 +73,8 @@ class TargetNet:
                 f"TargetNet: images of side {self.image_size} vanish after {self.n_layers} halvings; "
                 f"give at most {self.image_size.bit_length() - 1} layers."
             )
+        if self.norm == "group" and self.embedding_width == 1:
+            raise SettingError("TargetNet: norm='group' makes one channel on a 1 x 1 map the same for every image; give 2 or more channels.")
 
     @property
     def conv_names(self) -> tuple[str, ...]:
@@ -122,14 +126,23 @@ class TargetNet:
         return F.max_pool2d(y, 2).relu()
 
     def normalise(self, x: Tensor, gamma: Tensor, beta: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Normalise (N, B*C, H, W) with gamma and beta (B, C).
+        """Normalise (N, B*C, H, W) with gamma and beta (B, C); in float32 where x is narrower.
 
         Args:
             statistics: mean and variance (B, C) to use with "batch"; by default those of x itself.
+
+        Raises:
+            DataError: a channel has one number to take its own statistics from.
         """
+        x = _at_least_float32(x)
         if self.norm == "group":
             return F.group_norm(x, len(gamma), gamma.flatten(), beta.flatten(), EPS)
         if statistics is None:
+            if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+                raise DataError(
+                    "bn_stats='query' and a single image on a 1 x 1 map: its own statistics turn every image into the same answer. "
+                    "Use bn_stats='support', or ask about several images at once."
+                )
             return F.batch_norm(x, None, None, gamma.flatten(), beta.flatten(), training=True, eps=EPS)
         mean, variance = statistics
         scale = gamma * (variance + EPS).rsqrt()
@@ -143,7 +156,7 @@ class TargetNet:
             x: (N, B*C, H, W).
             present: (B, N) bool; images that are absent count nothing.
         """
-        x = x.unflatten(1, (n_tasks, -1))
+        x = _at_least_float32(x).unflatten(1, (n_tasks, -1))
         if present is None:
             variance, mean = torch.var_mean(x, dim=(0, 3, 4), correction=0)
             return mean, variance
@@ -162,7 +175,12 @@ class TargetNet:
             tensors: as in the module's docstring.
             bn_stats: of a "batch" norm. "query": statistics of x itself, so that answers depend on each other (transductive);
                 "support": those recorded in `tensors`.
+
+        Raises:
+            DataError: another number of channels, pixels or tasks, another dtype, or as `normalise`.
         """
+        self.require_fit(x)
+        self._require_partner(x, tensors)
         z = grouped(x)
         for name in self.conv_names:
             z = self.convolve(z, tensors[f"{name}.weight"])
@@ -172,9 +190,14 @@ class TargetNet:
 
     def functional(self, x: Tensor, tensors: Mapping[str, Tensor], bn_stats: Literal["query", "support"] = "query") -> Tensor:
         """Images (B, N, C, H, W) -> logits (B, N, n), every task with its own weights; see `embed`."""
-        return torch.baddbmm(
-            tensors["logits.bias"][:, None], self.embed(x, tensors, bn_stats), tensors["logits.weight"].transpose(1, 2)
-        )
+        return linear(self.embed(x, tensors, bn_stats), tensors)
+
+    def _require_partner(self, x: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        n_tasks, kernels = len(tensors["conv1.gamma"]), tensors["conv1.weight"]
+        if len(x) != n_tasks:
+            raise DataError(f"images of {len(x)} tasks and weights of {n_tasks}; expand the images where all tasks see the same.")
+        if x.dtype != kernels.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DataError(f"images are {x.dtype}, weights {kernels.dtype}; convert the images with x.to({kernels.dtype}).")
 
 
 def grouped(x: Tensor) -> Tensor:
@@ -185,3 +208,7 @@ def grouped(x: Tensor) -> Tensor:
 def flat(x: Tensor, n_tasks: int) -> Tensor:
     """(N, B*C, H, W) -> (B, N, C*H*W)."""
     return x.unflatten(1, (n_tasks, -1)).flatten(2).transpose(0, 1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
