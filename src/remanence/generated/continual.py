@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from remanence.errors import DataError, SettingError
 from remanence.generated.episode import Episode
-from remanence.generated.heads import class_means, squared_distances
+from remanence.generated.heads import class_means, linear, squared_distances
 from remanence.generated.hypertransformer import HyperTransformer, Slices
 from remanence.generated.target import TargetNet
 
@@ -210,13 +210,26 @@ class ContinualHyperTransformer(HyperTransformer):
         Returns:
             For each t, logits (B, (t + 1) * Q, P): the queries of task 0 first.
         """
-        state, codes = self.init_state(len(sequence[0])), self._codes(len(sequence[0]), draw)
         answers = []
-        for t, episode in enumerate(sequence):
-            state = self._take_in(state, episode, None, codes)
+        for t, state in enumerate(self.states(sequence, draw)):
             queries = torch.cat([earlier.query_x for earlier in sequence[: t + 1]], 1)
             answers.append(self._answer_tasks(state, queries, t + 1))
         return answers
+
+    def states(self, sequence: Sequence[Episode], draw: torch.Generator | None = None) -> list[ContinualState]:
+        """The state after each task of a sequence, with gradients through the whole recurrence."""
+        state, codes = self.init_state(len(sequence[0])), self._codes(len(sequence[0]), draw)
+        found = []
+        for episode in sequence:
+            state = self._take_in(state, episode, None, codes)
+            found.append(state)
+        return found
+
+    def head_and_means(self, state: ContinualState, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, P) of a generated head, and those of the class means on the same embeddings; see `HyperTransformer.answers`."""
+        embeddings = self.embed(state, x)
+        absent = (state.counts == 0)[:, None]
+        return linear(embeddings, state.tensors).masked_fill(absent, -torch.inf), self.answer(embeddings, state)
 
     def _answer_tasks(self, state: ContinualState, queries: Tensor, n_tasks: int) -> Tensor:
         if self.head == "generated" or self.scenario != "task":

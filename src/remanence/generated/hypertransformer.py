@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from remanence.errors import DataError, SettingError
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.generated.features import FlatFeatures, LocalFeatures, SharedFeatures
-from remanence.generated.heads import class_means, prototype_layer
+from remanence.generated.heads import class_means, linear, prototype_layer, squared_distances
 from remanence.generated.target import TargetNet, flat, grouped
 from remanence.generated.task_weights import TaskWeights
 from remanence.generated.weight_generator import Allocation, PaperWeightGenerator, WeightGenerator, assemble, cut, slice_layout
@@ -129,8 +129,7 @@ class HyperTransformer(nn.Module):
 
     def _make_head(self) -> None:
         target = self.target
-        if self.head != "generated" or self.preset is None:
-            self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
+        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
         if self.head == "prototype":
             return
         self.local["logits"] = (
@@ -185,9 +184,22 @@ class HyperTransformer(nn.Module):
             episode: B tasks.
             draw: with random label codes, what they are drawn from; by default they are the same at every call.
         """
-        codes = self._codes(len(episode.support_x), draw)
-        tensors = self._write(episode.support_x, episode.support_y, episode.support_mask, episode.n_max, codes)
-        return self.target.functional(episode.query_x, tensors, self.bn_stats)
+        return self.answers(episode, draw)[0]
+
+    def answers(self, episode: Episode, draw: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, Q, n) of the head, as `forward`, and those of plain class means on the same embeddings.
+
+        A generated head learns nothing for long while the embeddings below it say nothing. Adding the loss of the class means,
+        and letting it fade, gets it off the ground (see `warm_up_share`).
+        """
+        labels, shared, codes = self._read(episode.support_x, episode.support_y, episode.n_max, draw)
+        mask, n_ways = episode.support_mask, episode.n_max
+        tensors, embeddings, _ = self.trunk(episode.support_x, labels, shared, mask, codes)
+        tensors |= self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
+        queries = self.target.embed(episode.query_x, tensors, self.bn_stats)
+        means, counts = class_means(embeddings, labels, n_ways, mask)
+        by_means = -self.log_scale.exp() * squared_distances(queries, means)
+        return linear(queries, tensors), by_means.masked_fill((counts == 0)[:, None], -torch.inf)
 
     def _in_chunks(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int) -> dict[str, Tensor]:
         """All tasks at once while gradients are kept; else so many at a time as fit the cache."""
@@ -196,15 +208,19 @@ class HyperTransformer(nn.Module):
         parts = []
         for first in range(0, n_tasks, size):
             rows = slice(first, first + size)
-            codes = self._codes(len(x[rows]), None)
-            parts.append(self._write(x[rows], y[rows], None if mask is None else mask[rows], n_ways, codes))
+            parts.append(self._write(x[rows], y[rows], None if mask is None else mask[rows], n_ways))
         return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _write(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int, codes: Tensor | None) -> dict[str, Tensor]:
-        labels = self._rows(y, n_ways)
-        shared = self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    def _write(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int) -> dict[str, Tensor]:
+        labels, shared, codes = self._read(x, y, n_ways, None)
         tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
+        for name in self.kernels:
+            tensors[f"{name}.weight"] = self.kernels[name].expand(len(x), -1, -1, -1, -1)
         return tensors | self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
+
+    def _read(self, x: Tensor, y: Tensor, n_ways: int, draw: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What all layers read of a support set: rows of the code tables, shared features, codes."""
+        return self._rows(y, n_ways), self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2]), self._codes(len(x), draw)
 
     def _rows(self, y: Tensor, n_ways: int) -> Tensor:
         """Slots -> rows of the code tables."""
@@ -218,9 +234,10 @@ class HyperTransformer(nn.Module):
         """(B, max_ways + 1, e): orthonormal codes of the classes, and the learned one of "no label"; None with learned codes."""
         if self.label_codes == "learned":
             return None
-        draw = draw or torch.Generator().manual_seed(0)
-        codes = torch.linalg.qr(torch.randn(n_tasks, self.code_width, self.code_width, generator=draw))[0][:, : self.max_ways]
-        codes = math.sqrt(self.code_width) * codes  # as long as a learned one
+        e = self.code_width
+        drawn = torch.randn(1 if draw is None else n_tasks, e, e, generator=draw or torch.Generator().manual_seed(0))
+        # as long as a learned one
+        codes = math.sqrt(e) * torch.linalg.qr(drawn)[0][:, : self.max_ways].expand(n_tasks, -1, -1)
         unlabeled = self._any_generator().label_codes[-1].expand(n_tasks, 1, -1)
         return torch.cat([codes.to(unlabeled), unlabeled], 1)
 

@@ -76,6 +76,14 @@ class MetaTrainer:
         load_moments(self._optimizer, state["moments"])
 
 
+def warm_up_share(step: int, n_steps: int) -> float:
+    """Weight of the class means' loss beside that of a generated head: 1 at the start, 0 from the middle of the training on.
+
+    Source: ours, after the auxiliary heads of Zhmoginov et al. 2022, whose weight slides to the output.
+    """
+    return max(0.0, 1 - 2 * step / n_steps)
+
+
 def episode_loss(logits: Tensor, episode: Episode) -> Tensor:
     """Cross-entropy of query logits (B, Q, n)."""
     assert episode.query_y is not None
