@@ -74,7 +74,7 @@ class TargetNet:
                 f"give at most {self.image_size.bit_length() - 1} layers."
             )
         if self.norm == "group" and self.embedding_width == 1:
-            raise SettingError("TargetNet: norm='group' makes one channel on a 1 x 1 map the same for every image; give 2 or more channels.")
+            raise SettingError("TargetNet: norm='group' turns one channel on a 1 x 1 map into a constant; give 2 channels or more.")
 
     @property
     def conv_names(self) -> tuple[str, ...]:
