@@ -1,4 +1,4 @@
-"""The command line: run a recipe, compare runs, write the report, trace and erase facts, list what there is."""
+"""The command line: run a recipe, compare runs, write the report, meta-train, trace and erase facts, list what there is."""
 
 import argparse
 import os
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remanence.commands import erase, trace
+from remanence.commands import erase, meta_train, trace
+from remanence.commands._common import overrides
 from remanence.errors import CellBusy, NonFiniteLoss, NotDeterministic, RecipeError, RemanenceError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     report.set_defaults(command=_report)
 
+    meta_train.add(commands, shape)
     trace.add(commands, shape)
     erase.add(commands, shape)
 
@@ -89,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.jobs < 1:
         raise RecipeError(f"--jobs {arguments.jobs}: give at least 1 process.")
-    recipe = read_recipe(recipe_path(arguments.recipe), _overrides(arguments.overrides))
+    recipe = read_recipe(recipe_path(arguments.recipe), overrides(arguments.overrides))
     folder = arguments.out or Path("runs") / f"{recipe.name}-{recipe.run}"
     console = terminal()
     cells = grid.cells_of(recipe)
@@ -158,10 +160,3 @@ def _list(arguments: argparse.Namespace) -> int:
 
     terminal().print(listing())
     return 0
-
-
-def _overrides(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise RecipeError(f"--set {setting}: write it as KEY=VALUE, for example --set seeds=[0,1].")
-    return dict(setting.split("=", 1) for setting in settings)

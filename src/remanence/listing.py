@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LEARNER_ROOMS = ("weights", "tokens")
+_ARTIFACT_ROOMS = ("parts", "generated")
 
 
 def listing() -> "Table":
@@ -41,7 +42,7 @@ def _entries() -> dict[str, list[tuple[str, str]]]:
         "recipes": recipes,
         "streams": [*_public("remanence.streams", object), ("remanence.facts.fact_stream", _doc(fact_stream))],
         "learners": [entry for room in _LEARNER_ROOMS for entry in _public(f"remanence.{room}", Learner)],
-        "artifacts": _public("remanence.parts", Artifact),
+        "artifacts": [entry for room in _ARTIFACT_ROOMS for entry in _public(f"remanence.{room}", Artifact)],
         "probes": _public("remanence.probes", Probe),
     }
 

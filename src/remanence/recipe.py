@@ -12,6 +12,8 @@
 arguments, and may be calls themselves. `$name` is a source, an artifact's folder or a stream defined above. An artifact
 may also be the path of a folder that exists, such as a Hugging Face ViT (`--set artifacts.backbone=path/to/vit`). Every
 argument is checked against the callee's signature before anything is built.
+
+A recipe of `sources` and one artifact alone is a training: `remanence meta-train` reads it, and `remanence run` does not.
 """
 
 import hashlib
@@ -33,6 +35,7 @@ Where = tuple[str | int, ...]
 _SECTIONS = {"sources": dict, "artifacts": dict, "streams": dict, "learners": dict, "probes": list, "seeds": list, "cells": list}
 _TEXTS = {"name": str, "about": str, "device": str, "minutes": (int, float), "command": str, "expect": list}
 _REQUIRED = ("streams", "learners", "probes", "seeds")
+_TRAINING = ("sources", "artifacts")
 _SUPPLIED = ("seed", "order_seed", "device")
 
 
@@ -67,7 +70,7 @@ class Recipe:
 
     @property
     def seeds(self) -> list[int]:
-        return list(self.tree["seeds"])
+        return list(self.tree.get("seeds", ()))
 
     def grid(self) -> list[tuple[str, str]]:
         """The (stream, learner) pairs to run: those of `cells`, or every pair."""
@@ -92,6 +95,38 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     Raises:
         RecipeError: anything is wrong; names key, file, line and the nearest right key.
     """
+    recipe = _read(path, overrides or {})
+    if recipe.tree.get("artifacts") and not any(recipe.tree.get(key) for key in _REQUIRED):
+        raise RecipeError(f"{path} trains an artifact and compares nothing: it is for `remanence meta-train`.")
+    _check(recipe, _REQUIRED)
+    return Recipe(str(recipe.tree.get("name", path.stem)), recipe.tree, path, recipe.lines, recipe.is_stated)
+
+
+def read_training(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe of `sources` and one artifact, with the checks of `read_recipe`.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted key -> YAML value, as `remanence meta-train --set key=value` gives them.
+
+    Raises:
+        RecipeError: anything is wrong, the recipe compares learners, or it has another number of artifacts than one.
+    """
+    recipe = _read(path, overrides or {})
+    if recipe.tree.get("streams") or recipe.tree.get("learners"):
+        raise RecipeError(f"{path} compares learners: it is for `remanence run`.")
+    foreign = [key for key in recipe.tree if key in _SECTIONS and key not in _TRAINING]
+    if foreign:
+        raise recipe.fail((foreign[0],), f"a recipe that trains has no '{foreign[0]}'; it has sources and one artifact.")
+    _check(recipe, ("artifacts",))
+    artifacts = recipe.tree["artifacts"]
+    if len(artifacts) != 1:
+        raise recipe.fail(("artifacts",), f"a recipe that trains has one artifact, this one {len(artifacts)}: {', '.join(artifacts)}.")
+    return Recipe(str(recipe.tree.get("name", path.stem)), recipe.tree, path, recipe.lines, recipe.is_stated)
+
+
+def _read(path: Path, overrides: Mapping[str, str]) -> Recipe:
+    """The file with its overrides; nothing is checked but that it is a mapping."""
     if not path.exists():
         raise RecipeError(f"no recipe at {path}. Give a YAML file, or a name that `remanence list` shows.")
     text = path.read_text(encoding="utf-8")
@@ -102,17 +137,21 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     recipe = Recipe(path.stem, tree, path, dict(_lines(node, ())), is_stated=not overrides)
     if not isinstance(tree, dict):
         raise recipe.fail((), f"a recipe is a mapping with the keys {', '.join(_REQUIRED)}; got {type(tree).__name__}.")
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         _override(recipe, key, value)
-    _check_sections(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe, required: tuple[str, ...]) -> None:
+    """Refuse a recipe whose keys, names or calls are wrong."""
+    _check_sections(recipe, required)
     _check_names(recipe)
     for section in ("sources", "artifacts", "streams", "learners"):
-        for name, call in (tree.get(section) or {}).items():
+        for name, call in (recipe.tree.get(section) or {}).items():
             if section != "artifacts" or not isinstance(call, str):  # text is the folder of an artifact that exists
                 _check_call(recipe, (section, name), call)
-    for index, call in enumerate(tree["probes"]):
+    for index, call in enumerate(recipe.tree.get("probes") or ()):
         _check_call(recipe, ("probes", index), call)
-    return Recipe(str(tree.get("name", path.stem)), tree, path, recipe.lines, recipe.is_stated)
 
 
 def _lines(node: yaml.Node | None, where: Where) -> Iterator[tuple[Where, int]]:
@@ -150,7 +189,7 @@ def _override(recipe: Recipe, key: str, value: str) -> None:
         raise RecipeError(f"--set {key}: '{'.'.join(path)}' of {recipe.path} has no keys; it is {place!r}.")
 
 
-def _check_sections(recipe: Recipe) -> None:
+def _check_sections(recipe: Recipe, required: tuple[str, ...]) -> None:
     known = {**_SECTIONS, **_TEXTS}
     for key, value in recipe.tree.items():
         if key not in known:
@@ -159,7 +198,7 @@ def _check_sections(recipe: Recipe) -> None:
             kind = known[key]
             names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
             raise recipe.fail((key,), f"must be a {' or '.join(names)}, got {value!r}.")
-    for key in _REQUIRED:
+    for key in required:
         if not recipe.tree.get(key):
             raise recipe.fail((), f"the key '{key}' is missing or empty.")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in recipe.seeds) or len(set(recipe.seeds)) < len(recipe.seeds):

@@ -135,9 +135,10 @@ def test_every_shipped_recipe_states_its_command_and_its_subject():
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert recipe["name"] == name
         assert recipe["about"]
-        assert recipe["command"].startswith(f"remanence run {name}")
+        trains = "streams" not in recipe
+        assert recipe["command"].startswith(f"remanence {'meta-train' if trains else 'run'} {name}")
         assert recipe["minutes"] > 0
-        assert recipe.get("expect") or name == "images", "only the recipe for one's own images cannot state its result"
+        assert trains or recipe.get("expect") or name == "images", "only the recipe for one's own images cannot state its result"
 
 
 def test_the_module_runs_as_a_program():

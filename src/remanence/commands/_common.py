@@ -1,11 +1,11 @@
-"""What `trace` and `erase` share: checks of options, text to train and to measure on, lines on the terminal."""
+"""What the commands share: overrides of a recipe, checks of options, text to train and to measure on, lines on the terminal."""
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remanence.errors import SettingError
+from remanence.errors import RecipeError, SettingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 _LEAST_LENGTH, _MOST_LENGTH = 40, 128
 _RULER_WINDOWS = 64
+
+
+def overrides(settings: Iterable[str]) -> dict[str, str]:
+    """What `--set KEY=VALUE` gave: dotted key -> YAML value.
+
+    Raises:
+        RecipeError: a setting has no `=`.
+    """
+    for setting in settings:
+        if "=" not in setting:
+            raise RecipeError(f"--set {setting}: write it as KEY=VALUE, for example --set seeds=[0,1].")
+    return dict(setting.split("=", 1) for setting in settings)
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

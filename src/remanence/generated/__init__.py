@@ -1,12 +1,20 @@
 """Knowledge as generated weights: a network reads a handful of examples and writes the weights of a small CNN in one pass."""
 
 from remanence.generated.episode import UNLABELED, Episode
+from remanence.generated.files import load_hypertransformer, model_fingerprint, save_hypertransformer, shipped_hypertransformer
+from remanence.generated.meta_training import MetaTrainedContinualHyperTransformer, MetaTrainedHyperTransformer
 from remanence.generated.sampling import EpisodeSampler, SequenceSampler, require_disjoint
 
 __all__ = [
     "UNLABELED",
     "Episode",
     "EpisodeSampler",
+    "MetaTrainedContinualHyperTransformer",
+    "MetaTrainedHyperTransformer",
     "SequenceSampler",
+    "load_hypertransformer",
+    "model_fingerprint",
     "require_disjoint",
+    "save_hypertransformer",
+    "shipped_hypertransformer",
 ]

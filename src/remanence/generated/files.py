@@ -84,6 +84,15 @@ def load_hypertransformer(folder: Path) -> HyperTransformer | ContinualHyperTran
     return model.eval().requires_grad_(False)
 
 
+def shipped_hypertransformer() -> Path:
+    """The folder of the HyperTransformer that comes with the package.
+
+    Eight channels, 28 x 28 grey images, up to 20 ways, one image answered by itself; `remanence meta-train hypertransformer` makes it
+    anew. Its licence and what it was trained on stand in its README.md.
+    """
+    return Path(__file__).parent / "pretrained"
+
+
 def describe_hypertransformer(folder: Path) -> dict[str, Any]:
     """What a folder's hypertransformer.json says, checked for the keys that loading needs.
 
