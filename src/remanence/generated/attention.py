@@ -50,12 +50,15 @@ class Block(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def attend_to(present: Tensor | None, n_first: int) -> Tensor | None:
-    """The mask of a sequence of `n_first` tokens that are always there, followed by tokens that `present` (B, S) tells of.
+def attend_to(present: Tensor | None, n_first: int, first: Tensor | None = None) -> Tensor | None:
+    """The mask of a sequence of `n_first` tokens, followed by tokens that `present` (B, S) tells of.
+
+    Args:
+        first: (B, n_first) bool; by default the first tokens are always there.
 
     Returns:
         (B, 1, 1, n_first + S) bool, True = may be attended to; None where nothing is absent.
     """
     if present is None:
         return None
-    return torch.cat([present.new_ones(len(present), n_first), present], 1)[:, None, None]
+    return torch.cat([present.new_ones(len(present), n_first) if first is None else first, present], 1)[:, None, None]

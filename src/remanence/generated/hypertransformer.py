@@ -15,13 +15,15 @@ Axes: B tasks, S support samples, Q queries, C channels, H, W pixels, n ways, D 
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from remanence.errors import DataError, SettingError
+from remanence.errors import DataError
+from remanence.generated._hyper_checks import blanked, check_settings, has_lone_image, require_finite, require_fit, written_layers
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.generated.features import FlatFeatures, LocalFeatures, SharedFeatures
 from remanence.generated.heads import class_means, linear, prototype_layer, squared_distances
@@ -32,7 +34,6 @@ from remanence.generated.weight_generator import Allocation, PaperWeightGenerato
 Head = Literal["proto+delta", "prototype", "generated"]
 Slices = dict[str, Tensor]
 """What the generated layers hold: name -> (B, T, b)."""
-_HEADS = ("proto+delta", "prototype", "generated")
 _IMAGES_AT_ONCE = 1024
 """Support images of one pass without gradients: beyond it the activations leave the cache, and a loop would be faster."""
 
@@ -73,14 +74,14 @@ class HyperTransformer(nn.Module):
         generate_norm: bool = False, preset: Literal["paper"] | None = None,
     ) -> None:  # fmt: skip
         settings = {name: value for name, value in locals().items() if name not in ("self", "target", "__class__")}
+        check_settings(settings)
         super().__init__()
         self.settings = settings
         self.target, self.head, self.max_ways = target, "generated" if preset == "paper" else head, max_ways
         self.allocation, self.label_codes, self.code_width = allocation, label_codes, code_width
         self.bn_stats, self.generate_norm, self.preset = bn_stats, generate_norm, preset
         self._width, self._depth, self._heads = width, depth, heads
-        self.written = _written(target, generate)
-        self._check()
+        self.written = written_layers(target, generate)
         self.shared = SharedFeatures(target.in_channels, shared_features)
         self.local, self.generators = nn.ModuleDict(), nn.ModuleDict()
         self.base, self.kernels = nn.ParameterDict(), nn.ParameterDict()
@@ -92,23 +93,7 @@ class HyperTransformer(nn.Module):
     # --- construction ------------------------------------------------------------------------------------------
 
     reads_previous = False
-
-    def _check(self) -> None:
-        for name, value, known in (
-            ("head", self.head, _HEADS), ("allocation", self.allocation, ("output", "spatial")), ("preset", self.preset, (None, "paper")),
-            ("label_codes", self.label_codes, ("learned", "random")), ("bn_stats", self.bn_stats, ("query", "support")),
-        ):  # fmt: skip
-            if value not in known:
-                raise SettingError(f"HyperTransformer: {name}={value!r} is unknown; give one of {', '.join(map(repr, known))}.")
-        if self.label_codes == "random" and self.max_ways > self.code_width:
-            raise SettingError(
-                f"HyperTransformer: {self.max_ways} ways need as many orthonormal codes, and code_width={self.code_width} holds fewer; "
-                f"raise code_width or lower max_ways."
-            )
-        if self.generate_norm and self.allocation != "output":
-            raise SettingError("HyperTransformer: generate_norm needs allocation='output': a slice must belong to one channel.")
-        if self.max_ways < 2:
-            raise SettingError(f"HyperTransformer: max_ways={self.max_ways}; a task has two classes or more.")
+    _has_warned = False
 
     def _make_block(self, name: str, side: int) -> None:
         target, kernel = self.target, torch.empty(self.target.kernel_shape(name))
@@ -132,18 +117,19 @@ class HyperTransformer(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
         if self.head == "prototype":
             return
-        self.local["logits"] = (
-            LocalFeatures(target.channels, target.channels, target.sides[-1], n_convs=1) if self.preset else FlatFeatures(target.channels, target.sides[-1])
-        )  # fmt: skip
+        channels, side = target.channels, target.sides[-1]
+        self.local["logits"] = LocalFeatures(channels, channels, side, 1) if self.preset else FlatFeatures(channels, side)
         std = 0.0 if self.head == "proto+delta" else 1 / math.sqrt(target.embedding_width)
-        self.generators["logits"] = self._generator(self.max_ways, target.embedding_width + 1, self.local["logits"].width, std)  # type: ignore[arg-type]
+        n_slices = 0 if self.label_codes == "random" else self.max_ways  # with random codes a class's slice has the class's own
+        self.generators["logits"] = self._generator(n_slices, target.embedding_width + 1, self.local["logits"].width, std)  # type: ignore[arg-type]
 
     def _generator(self, n_slices: int, size: int, local_width: int, std: float) -> nn.Module:
         features = local_width + self.shared.width
+        n_codes = 0 if self.label_codes == "random" else self.max_ways
         if self.preset == "paper":
-            return PaperWeightGenerator(n_slices, size, features, self.max_ways, self.code_width, reads_previous=self.reads_previous)
+            return PaperWeightGenerator(n_slices, size, features, n_codes, self.code_width, reads_previous=self.reads_previous)
         return WeightGenerator(
-            n_slices, size, features, self.max_ways, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous
+            n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous
         )
 
     # --- the one pass ------------------------------------------------------------------------------------------
@@ -167,14 +153,19 @@ class HyperTransformer(nn.Module):
         Raises:
             DataError: shapes, labels or pixels are not as said above, or the written weights are not finite.
         """
-        self.target.require_fit(support_x)
+        require_fit(self.target, self.log_scale.dtype, support_x)
         episode = Episode(
             support_x, support_y, support_x[:, :0], support_mask=mask, class_names=tuple(map(tuple, class_names)), allow_empty=allow_empty
         )
+        if not self._has_warned and has_lone_image(self.target, episode):
+            self._has_warned = True
+            warnings.warn(
+                "a task has one support image and the last map is 1 x 1: its variance is 0, and its embedding says nothing of the image. "
+                "Give more images, or use norm='group'.",
+                stacklevel=2,
+            )
         tensors = self._in_chunks(support_x, support_y, mask, episode.n_max)
-        for name, value in tensors.items():
-            if name != "logits.bias" and not value.isfinite().all():
-                raise DataError(f"the weights written for {name} are not finite; look at the images' range, or go back to an earlier state.")
+        require_finite(tensors)
         return TaskWeights(self.target, tensors, episode.ways, episode.class_names)
 
     def forward(self, episode: Episode, draw: torch.Generator | None = None) -> Tensor:
@@ -183,6 +174,10 @@ class HyperTransformer(nn.Module):
         Args:
             episode: B tasks.
             draw: with random label codes, what they are drawn from; by default they are the same at every call.
+
+        Raises:
+            DataError: images of another form or dtype than the model's, more ways than it knows, or a lone query on a 1 x 1 map
+                under bn_stats="query".
         """
         return self.answers(episode, draw)[0]
 
@@ -192,9 +187,11 @@ class HyperTransformer(nn.Module):
         A generated head learns nothing for long while the embeddings below it say nothing. Adding the loss of the class means,
         and letting it fade, gets it off the ground (see `warm_up_share`).
         """
-        labels, shared, codes = self._read(episode.support_x, episode.support_y, episode.n_max, draw)
+        require_fit(self.target, self.log_scale.dtype, episode.support_x)
         mask, n_ways = episode.support_mask, episode.n_max
-        tensors, embeddings, _ = self.trunk(episode.support_x, labels, shared, mask, codes)
+        x = blanked(episode.support_x, mask)
+        labels, shared, codes = self._read(x, episode.support_y, n_ways, draw)
+        tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
         tensors |= self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
         queries = self.target.embed(episode.query_x, tensors, self.bn_stats)
         means, counts = class_means(embeddings, labels, n_ways, mask)
@@ -212,6 +209,7 @@ class HyperTransformer(nn.Module):
         return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _write(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int) -> dict[str, Tensor]:
+        x = blanked(x, mask)
         labels, shared, codes = self._read(x, y, n_ways, None)
         tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
         for name in self.kernels:
@@ -226,23 +224,19 @@ class HyperTransformer(nn.Module):
         """Slots -> rows of the code tables."""
         if n_ways > self.max_ways:
             raise DataError(
-                f"a task of {n_ways} ways, but this HyperTransformer was trained for at most {self.max_ways}; train one with larger max_ways."
+                f"a task of {n_ways} ways, but this HyperTransformer was trained for at most {self.max_ways}; train one with larger "
+                f"max_ways. With label_codes='random' it may be larger than any task of the training, up to code_width."
             )
         return torch.where(y == UNLABELED, self.max_ways, y)
 
     def _codes(self, n_tasks: int, draw: torch.Generator | None) -> Tensor | None:
-        """(B, max_ways + 1, e): orthonormal codes of the classes, and the learned one of "no label"; None with learned codes."""
+        """(B, max_ways, e): orthonormal codes of the classes, as long as learned ones; None with learned codes."""
         if self.label_codes == "learned":
             return None
         e = self.code_width
         drawn = torch.randn(1 if draw is None else n_tasks, e, e, generator=draw or torch.Generator().manual_seed(0))
-        # as long as a learned one
-        codes = math.sqrt(e) * torch.linalg.qr(drawn)[0][:, : self.max_ways].expand(n_tasks, -1, -1)
-        unlabeled = self._any_generator().label_codes[-1].expand(n_tasks, 1, -1)
-        return torch.cat([codes.to(unlabeled), unlabeled], 1)
-
-    def _any_generator(self) -> WeightGenerator:
-        return next(iter(self.generators.values()))  # type: ignore[return-value]
+        codes: Tensor = math.sqrt(e) * torch.linalg.qr(drawn)[0][:, : self.max_ways]
+        return codes.expand(n_tasks, -1, -1).to(self.log_scale)
 
     def trunk(
         self, x: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Slices | None = None
@@ -254,7 +248,7 @@ class HyperTransformer(nn.Module):
             labels: (B, S) rows of the code tables.
             shared: (B, S, shared_features).
             mask: (B, S) bool.
-            codes: (B, max_ways + 1, e).
+            codes: (B, max_ways, e).
             previous: what the layers held before; the base by default.
 
         Returns:
@@ -309,27 +303,33 @@ class HyperTransformer(nn.Module):
             "logits.weight" (B, n, D) and "logits.bias" (B, n), -inf where a slot has no labelled sample; and what a transformer wrote.
         """
         means, counts = class_means(embeddings, labels, n_ways, mask)
+        empty = counts == 0
         weight = bias = held = None
         if self.head != "generated":
             weight, bias = prototype_layer(means, self.log_scale.exp())
         if self.head != "prototype":
-            held = self.write_head(embeddings, labels, shared, mask, codes, n_ways, previous)
+            used = ~empty if empty.any() else None  # a task must not depend on how many slots its neighbours in the batch fill
+            held = self.write_head(embeddings, labels, shared, mask, codes, n_ways, previous, used)
             weight = held[..., :-1] if weight is None else weight + held[..., :-1]
             bias = held[..., -1] if bias is None else bias + held[..., -1]
         assert weight is not None
         assert bias is not None
-        return {"logits.weight": weight, "logits.bias": bias.masked_fill(counts == 0, -torch.inf)}, held
+        return {"logits.weight": weight, "logits.bias": bias.masked_fill(empty, -torch.inf)}, held
 
     def write_head(
         self, embeddings: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, n_ways: int,
-        previous: Tensor | None = None,
+        previous: Tensor | None = None, used: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The written part of the last layer: (B, n, D + 1), weight rows with their bias."""
+        """The written part of the last layer: (B, n, D + 1), weight rows with their bias.
+
+        Args:
+            used: (B, n) bool, which slots other slots may read; None when all may be.
+        """
         maps = embeddings.unflatten(-1, (self.target.channels, self.target.sides[-1], self.target.sides[-1]))
         local = self.local["logits"](maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
         generator = self._generators_logits()
         classes = generator.slice_codes[:n_ways].expand(len(embeddings), -1, -1) if codes is None else codes[:, :n_ways]
-        written: Tensor = generator(torch.cat([local, shared], -1), labels, mask, codes, previous, classes)
+        written: Tensor = generator(torch.cat([local, shared], -1), labels, mask, codes, previous, classes, used)
         return written
 
     def _generators_logits(self) -> WeightGenerator:
@@ -341,25 +341,13 @@ class HyperTransformer(nn.Module):
         A value near zero says that the support set is ignored and the base does all the work. The paper reports 10 to 15 %.
         """
         with torch.no_grad():
-            weights = self.generate(episode.support_x, episode.support_y, episode.support_mask)
+            weights = self.generate(episode.support_x, episode.support_y, episode.support_mask, allow_empty=episode.allow_empty)
         found = {}
         for name in self.written:
             kernels = weights.tensors[f"{name}.weight"].flatten(1)
             deviation = (kernels - kernels.mean(0)).square().sum(1).mean().sqrt()
             found[name] = (deviation / kernels.mean(0).norm()).item()
         return found
-
-
-def _written(target: TargetNet, generate: str | Sequence[str]) -> tuple[str, ...]:
-    if generate == "all":
-        return target.conv_names
-    if generate == "logits":
-        return ()
-    names = (generate,) if isinstance(generate, str) else tuple(generate)
-    unknown = [name for name in names if name not in target.conv_names]
-    if unknown:
-        raise SettingError(f"HyperTransformer: generate names {unknown}; this net has {', '.join(target.conv_names)}, or say 'all' or 'logits'.")
-    return tuple(name for name in target.conv_names if name in names)
 
 
 def support_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class WeightGenerator(nn.Module):
     Args:
         n_slices, slice_size: T and b.
         feature_width: of a sample's features.
-        n_classes: how many label codes there are; one more stands for "no label".
+        n_classes: how many label codes are learned; one more stands for "no label".
         code_width: e.
         width, depth, heads: of the transformer; its ReLU layers have 2 x width units.
         std: of the read-out at the start, times 1/sqrt(D); 0 writes nothing at first.
@@ -56,7 +56,7 @@ class WeightGenerator(nn.Module):
 
     def forward(
         self, features: Tensor, labels: Tensor, present: Tensor | None = None, codes: Tensor | None = None, previous: Tensor | None = None,
-        classes: Tensor | None = None,
+        classes: Tensor | None = None, used: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, b), to be added to what the slices hold.
 
@@ -64,23 +64,23 @@ class WeightGenerator(nn.Module):
             features: (B, S, feature_width).
             labels: (B, S) int64 rows of the code table, the last one for "no label".
             present: (B, S) bool; None when all are.
-            codes: (B, n_classes + 1, e) label codes of these tasks, in place of the learned table.
+            codes: (B, n, e) codes of these tasks' classes, in place of the learned ones; row n is then "no label", which stays learned.
             previous: (B, T, b), with `reads_previous`.
             classes: (B, T, e) codes of the slices, where a slice stands for a class; the learned table by default.
+            used: (B, T) bool, False for a slice that no other token may read; None when all are.
         """
-        table = self.label_codes.expand(len(labels), -1, -1) if codes is None else codes
-        label_codes = table.gather(1, labels[..., None].expand(-1, -1, table.shape[2]))
-        samples = self.read_sample(torch.cat([label_codes, features], -1))
+        samples = self.read_sample(torch.cat([_coded(self.label_codes, labels, codes), features], -1))
         slices = self.read_slice(self.slice_codes.expand(len(labels), -1, -1) if classes is None else classes)
         if self.read_previous is not None and previous is not None:
             slices = slices + self.read_previous(previous)
-        return self.write(self.norm(_run(self.blocks, slices, samples, present)))  # type: ignore[no-any-return]
+        return self.write(self.norm(_run(self.blocks, slices, samples, present, used)))  # type: ignore[no-any-return]
 
 
 class PaperWeightGenerator(nn.Module):
     """The form of the paper: tokens are as wide as code and contents need, and the residual stream itself carries the weights.
 
-    Post-LN blocks, whose last operation is a normalisation: generated weights begin with unit variance whatever the fan-in.
+    Post-LN blocks, whose last operation is a normalisation: tokens leave with unit variance whatever the fan-in, and with the
+    reference's start (Glorot, no biases) their weights have nearly as much.
     Arguments as `WeightGenerator`; the width is max(e + b, e + feature_width), rounded up to a multiple of the heads.
 
     Source: as the module, its public TensorFlow code.
@@ -96,29 +96,41 @@ class PaperWeightGenerator(nn.Module):
         self.label_codes = nn.Parameter(torch.randn(n_classes + 1, code_width))
         self.slice_codes = nn.Parameter(torch.randn(n_slices, code_width))
         self.blocks = nn.ModuleList(Block(self.width, heads, self.width, norm_first=False) for _ in range(depth))
+        for linear in (part for part in self.modules() if isinstance(part, nn.Linear)):
+            nn.init.zeros_(linear.bias)
+            for matrix in torch.split(linear.weight.detach(), self.width):  # keys and values share a layer
+                nn.init.xavier_uniform_(matrix)
 
     def forward(
         self, features: Tensor, labels: Tensor, present: Tensor | None = None, codes: Tensor | None = None, previous: Tensor | None = None,
-        classes: Tensor | None = None,
+        classes: Tensor | None = None, used: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `WeightGenerator.forward`."""
-        table = self.label_codes.expand(len(labels), -1, -1) if codes is None else codes
-        label_codes = table.gather(1, labels[..., None].expand(-1, -1, table.shape[2]))
-        samples = self._pad(torch.cat([label_codes, features], -1))
+        samples = self._pad(torch.cat([_coded(self.label_codes, labels, codes), features], -1))
         slices = self.slice_codes.expand(len(labels), -1, -1) if classes is None else classes
         if self.reads_previous and previous is not None:
             slices = torch.cat([slices, previous], -1)
-        e = table.shape[2]
-        return _run(self.blocks, self._pad(slices), samples, present)[..., e : e + self.slice_size]
+        e = self.label_codes.shape[1]
+        return _run(self.blocks, self._pad(slices), samples, present, used)[..., e : e + self.slice_size]
 
     def _pad(self, tokens: Tensor) -> Tensor:
         return nn.functional.pad(tokens, (0, self.width - tokens.shape[-1]))
 
 
-def _run(blocks: nn.ModuleList, slices: Tensor, samples: Tensor, present: Tensor | None) -> Tensor:
+def _coded(learned: Tensor, labels: Tensor, codes: Tensor | None) -> Tensor:
+    """(B, S, e) codes of the labels: rows of the learned table, or of these tasks' codes and behind them the learned "no label"."""
+    table = learned.expand(len(labels), -1, -1)
+    if codes is not None:
+        table = torch.cat([codes, table[:, -1:]], 1)
+    return table.gather(1, labels[..., None].expand(-1, -1, table.shape[2]))
+
+
+def _run(blocks: nn.ModuleList, slices: Tensor, samples: Tensor, present: Tensor | None, used: Tensor | None) -> Tensor:
     """The slices' tokens after all blocks; the last block answers them alone."""
     n_slices = slices.shape[1]
-    tokens, mask = torch.cat([slices, samples], 1), attend_to(present, n_slices)
+    if used is not None and present is None:
+        present = used.new_ones(samples.shape[:2])
+    tokens, mask = torch.cat([slices, samples], 1), attend_to(present, n_slices, used)
     for block in list(blocks)[:-1]:
         tokens = block(tokens, mask=mask)
     return blocks[-1](tokens, n_slices, mask)  # type: ignore[no-any-return]
