@@ -24,7 +24,7 @@ from remanence.generated.continual import ContinualHyperTransformer, Update, con
 from remanence.generated.episode import Episode
 from remanence.generated.files import save_hypertransformer
 from remanence.generated.hypertransformer import Head, HyperTransformer
-from remanence.generated.meta_trainer import MetaTrainer, episode_loss
+from remanence.generated.meta_trainer import MetaTrainer, episode_loss, warm_up_share
 from remanence.generated.sampling import EpisodeSampler, Range, SequenceSampler
 from remanence.generated.target import Norm, TargetNet
 from remanence.keys import generator, key_seed, keyed_rng
@@ -186,7 +186,11 @@ class MetaTrainedHyperTransformer(MetaTrained):
 
     def loss(self, model: Any, step: int) -> tuple[Tensor, int]:
         episode = self._train.sample(step)
-        return episode_loss(model(episode, generator(self.seed, "codes", step)), episode), _n_images(episode)
+        logits, by_means = model.answers(episode, generator(self.seed, "codes", step))
+        loss = episode_loss(logits, episode)
+        if self.head == "generated":
+            loss = loss + warm_up_share(step, self.steps) * episode_loss(by_means, episode)
+        return loss, _n_images(episode)
 
     def accuracies(self, model: Any, draw: int) -> Tensor:
         episode = self._valid.sample(draw)
