@@ -273,11 +273,12 @@ class ContinualHyperTransformer(HyperTransformer):
         if not sequence:
             raise DataError("the sequence holds no task; give at least one episode.")
         state, codes = self.init_state(len(sequence[0])), self._codes(len(sequence[0]), draw)
+        for episode in sequence:
+            checks.require_images(self, state, episode.support_x)
         merges = self.scenario == "class" and self.head == "prototype"
         known = repeats(sequence) if merges else [None] * len(sequence)
         found = []
         for episode, again in zip(sequence, known, strict=True):
-            checks.require_images(self, state, episode.support_x)
             slots = self._slots(state, episode) if again is None else again
             state = self._take_in(state, episode, slots, codes)
             found.append(state)
