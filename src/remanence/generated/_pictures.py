@@ -121,7 +121,7 @@ class Pictures:
         n_features = levels.shape[1]
         columns = math.ceil(math.sqrt(n_features))
         rows = math.ceil(n_features / columns)
-        cells = F.pad(levels, (0, rows * columns - n_features)).unflatten(1, (rows, columns))
+        cells = F.pad(levels, (0, rows * columns - n_features)).reshape(-1, rows, columns)
         if 2 * rows > self.side:  # no room for complements: averaged with their features they would turn everything grey
             return self._resized(cells[:, None])
         pairs = torch.stack([cells, 1 - cells], 2).flatten(1, 2)[:, None]
