@@ -64,7 +64,7 @@ def test_a_loaded_model_answers_as_the_saved_one(tmp_path):
     assert torch.equal(load_hypertransformer(tmp_path / "plain")(episode()), model(episode()))
     loaded, task = load_hypertransformer(tmp_path / "continual"), episode()
     states = [one.step(one.init_state(2), task.support_x, task.support_y) for one in (continual, loaded)]
-    assert torch.equal(continual.predict(states[0], task.query_x), loaded.predict(states[1], task.query_x))
+    assert torch.equal(continual.predict(states[0], task.query_x, task=0), loaded.predict(states[1], task.query_x, task=0))
     assert (loaded.scenario, loaded.update_form, loaded.carry, loaded.renorm) == ("task", "gate", False, True)
 
 

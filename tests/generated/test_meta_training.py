@@ -47,7 +47,7 @@ def continual(source, **settings):
 
 @pytest.fixture(params=[plain, continual], ids=["plain", "continual"])
 def make(request, monkeypatch):
-    monkeypatch.setattr(meta_training, "_VALIDATION_DRAWS", 2)
+    monkeypatch.setattr(meta_training, "_VALIDATION_TASKS", 3)
     return request.param
 
 

@@ -87,7 +87,7 @@ def load_hypertransformer(folder: Path) -> HyperTransformer | ContinualHyperTran
 def shipped_hypertransformer() -> Path:
     """The folder of the HyperTransformer that comes with the package.
 
-    Eight channels, 28 x 28 grey images, up to 20 ways, one image answered by itself; `remanence meta-train hypertransformer` makes it
+    16 channels, 28 x 28 grey images, up to 20 ways, every query answered by itself; `remanence meta-train hypertransformer` makes it
     anew. Its licence and what it was trained on stand in its README.md.
     """
     return Path(__file__).parent / "pretrained"

@@ -9,6 +9,7 @@ ends with the same bits.
 """
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from remanence.artifact import Artifact
 from remanence.errors import DataError, NonFiniteLoss, SettingError
-from remanence.generated.continual import ContinualHyperTransformer, Update, continual_loss, continual_targets
+from remanence.generated.continual import ContinualHyperTransformer, Update
+from remanence.generated.continual_loss import continual_loss, continual_targets
 from remanence.generated.episode import Episode
 from remanence.generated.files import save_hypertransformer
 from remanence.generated.hypertransformer import Head, HyperTransformer
@@ -33,8 +35,8 @@ from remanence.state import all_finite, copy_state, load_state, save_state, stat
 from remanence.streams import Source
 
 _CHECKPOINT, _REPORT = "training.safetensors", "training.json"
-_VALIDATION_DRAWS = 25
-"""Draws of the sampler that a validation answers: 200 tasks of the default size, some 5,000 queries."""
+_VALIDATION_TASKS = 200
+"""Tasks or sequences that a validation answers, some 5,000 queries at the defaults; a last draw may bring some more."""
 
 
 class MetaTrained(Artifact):
@@ -124,7 +126,10 @@ class MetaTrained(Artifact):
     def _validate(self, model: HyperTransformer, step: int) -> float:
         if not all_finite(dict(model.state_dict())):
             raise NonFiniteLoss(f"{type(self).__name__}: parameters are no longer finite at step {step} with lr={self.lr}; lower lr.")
-        return torch.cat([self.accuracies(model, draw) for draw in range(_VALIDATION_DRAWS)]).mean().item()
+        accuracies = self.accuracies(model, 0)
+        for draw in range(1, math.ceil(_VALIDATION_TASKS / len(accuracies))):
+            accuracies = torch.cat([accuracies, self.accuracies(model, draw)])
+        return accuracies.mean().item()
 
     def _save(self, model: HyperTransformer, curve: list[dict[str, float]], folder: Path) -> None:
         best = curve[_best(curve)]
