@@ -4,6 +4,10 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from remanence.generated import ContinualHyperTransformerLearner, HyperTransformerLearner
+from remanence.generated.continual import ContinualHyperTransformer
+from remanence.generated.hypertransformer import HyperTransformer
+from remanence.generated.target import TargetNet
 from remanence.keys import keyed_rng
 from remanence.testing import tiny_tasks
 from remanence.tokens import MemoryTokens, VPTDeep
@@ -46,7 +50,16 @@ STEPS = {"epochs": 1, "batch_size": 4}
 
 
 @pytest.fixture(scope="session")
-def makers(tiny_vit):
+def tiny_writers():
+    """A HyperTransformer and a continual one, both untrained."""
+    size = {"max_ways": 4, "width": 16, "depth": 1, "heads": 2}
+    with keyed_rng("tiny writers"):
+        target = TargetNet(channels=4, image_size=8, n_layers=3, norm="group")
+        return HyperTransformer(target, **size), ContinualHyperTransformer(target, **size)
+
+
+@pytest.fixture(scope="session")
+def makers(tiny_vit, tiny_writers):
     """Name -> (seed -> learner): all of them, in the variants that differ in what they store."""
     return {
         "fine-tuning": lambda seed=0: FineTuning(tiny_vit, forget_epochs=1, seed=seed, **STEPS),
@@ -64,4 +77,8 @@ def makers(tiny_vit):
         "memory tokens oracle": lambda seed=0: MemoryTokens(tiny_vit, mode="head", cache_bytes=0, router="oracle", seed=seed, **STEPS),
         "VPT prototype": lambda seed=0: VPTDeep(tiny_vit, tokens=2, seed=seed, **STEPS),
         "VPT oracle": lambda seed=0: VPTDeep(tiny_vit, tokens=2, router="oracle", seed=seed, **STEPS),
+        "HyperTransformer": lambda seed=0: HyperTransformerLearner(tiny_writers[0], seed=seed),
+        "continual HyperTransformer": lambda seed=0: ContinualHyperTransformerLearner(
+            tiny_writers[1], keep_supports=True, batch_size=4, seed=seed
+        ),
     }

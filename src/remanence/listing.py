@@ -16,7 +16,7 @@ from remanence.recipes import shipped
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LEARNER_ROOMS = ("weights", "tokens")
+_LEARNER_ROOMS = ("weights", "tokens", "generated")
 _ARTIFACT_ROOMS = ("parts", "generated")
 
 

@@ -23,8 +23,10 @@ NAMES = [
     "memory tokens oracle",
     "VPT prototype",
     "VPT oracle",
+    "HyperTransformer",
+    "continual HyperTransformer",
 ]
-EXACT = ("LoRA", "prototypes", "memory tokens", "VPT")
+EXACT = ("LoRA", "prototypes", "memory tokens", "VPT", "HyperTransformer", "continual")
 
 
 def test_every_learner_is_listed(makers):
