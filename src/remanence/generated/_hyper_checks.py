@@ -58,7 +58,7 @@ def require_fit(target: TargetNet, dtype: torch.dtype, x: Tensor) -> None:
     target.require_fit(x)
     if dtype not in (torch.float32, torch.float64):
         raise DataError(f"the model's parameters are {dtype}, too narrow for its norms; use model.float(), and torch.autocast for speed.")
-    if x.dtype != dtype:
+    if x.is_floating_point() and x.dtype != dtype:  # Episode has its say about bytes
         raise DataError(f"images are {x.dtype}, the model's parameters {dtype}; convert the images with x.to({dtype}).")
 
 

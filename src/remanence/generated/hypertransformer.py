@@ -235,7 +235,9 @@ class HyperTransformer(nn.Module):
             return None
         e = self.code_width
         drawn = torch.randn(1 if draw is None else n_tasks, e, e, generator=draw or torch.Generator().manual_seed(0))
-        codes: Tensor = math.sqrt(e) * torch.linalg.qr(drawn)[0][:, : self.max_ways]
+        q, r = torch.linalg.qr(drawn)
+        # the signs that the factorisation chose would tell slots apart (Mezzadri 2007, arXiv math-ph/0609050)
+        codes: Tensor = math.sqrt(e) * (q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None])[:, : self.max_ways]
         return codes.expand(n_tasks, -1, -1).to(self.log_scale)
 
     def trunk(
