@@ -1,7 +1,7 @@
 """Fine-tuning the small CNN on a support set with Adam: alone until it peaks, and along a stream with or without replay.
 
-    curve = fine_tuning_curve(target, ProtoNet(target).start(len(episode), 5), episode, lr=1e-2, steps=100)
-    curve.peak                                            # Peak(step, accuracy, seconds)
+    curve = fine_tuning_curve(episode, target, ProtoNet(target).start(len(episode), 5), lr=1e-2, steps=100)
+    curve.peak                                            # Peak(steps, accuracy, seconds)
 
 B tasks are fine-tuned in one batch: Adam works on every number by itself, so their sum of losses leaves each task its own steps.
 
@@ -28,9 +28,12 @@ _HEAD = ("logits.weight", "logits.bias")
 
 
 class Peak(NamedTuple):
-    """Where a curve's mean accuracy is highest first, and the seconds it took to get there."""
+    """Where a curve's mean accuracy is highest first, and the seconds it took to get there.
 
-    step: int
+    On one task's few queries it is a matter of luck: find the steps on many tasks, and time these steps on one.
+    """
+
+    steps: int
     accuracy: float
     seconds: float
 
@@ -96,7 +99,7 @@ def fine_tune(
 
 
 def fine_tuning_curve(
-    target: TargetNet, start: Mapping[str, Tensor], episode: Episode, lr: float = 1e-2, steps: int = 100, every: int = 5,
+    episode: Episode, target: TargetNet, start: Mapping[str, Tensor], lr: float = 1e-2, steps: int = 100, every: int = 5,
     bn_stats: Literal["query", "support"] = "query",
 ) -> Curve:  # fmt: skip
     """Accuracy on the queries before fine-tuning and after every `every` steps of it.
@@ -118,14 +121,14 @@ def fine_tuning_curve(
 
 
 def fine_tuned_stream(
-    target: TargetNet, start: Mapping[str, Tensor], sequence: Sequence[Episode], lr: float = 1e-2, steps: int = 50, replay: bool = True
+    sequence: Sequence[Episode], target: TargetNet, start: Mapping[str, Tensor], lr: float = 1e-2, steps: int = 50, replay: bool = True
 ) -> Stream:  # fmt: skip
     """Fine-tune along T tasks, one linear layer growing by each task's classes; Adam starts afresh at every task.
 
     Args:
+        sequence: T episodes of the same B sequences, no class in two of them.
         target: with norm="group".
         start: tensors (B, ...) whose last layer has a row for each class of the whole sequence.
-        sequence: T episodes of the same B sequences, no class in two of them.
         lr, steps: of Adam, for each task.
         replay: train on the supports of all tasks so far instead of the newest one alone.
 

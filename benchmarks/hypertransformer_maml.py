@@ -44,7 +44,7 @@ class MAML(TinyCNN):
     """
 
     def __init__(
-        self, target: TargetNet, ways: int, steps: int = 5, second_order: bool = True, inner_lr: float = 0.4,
+        self, target: TargetNet, ways: int, steps: int = 5, second_order: bool = True, inner_lr: float = 0.1,
         bn_stats: Literal["query", "support"] = "query",
     ) -> None:  # fmt: skip
         if steps < 1 or ways < 2 or inner_lr <= 0:

@@ -203,7 +203,7 @@ def test_a_rival_learns_from_episodes(parts, kind):
 
 
 def test_maml_says_what_it_cannot_take(maml):
-    with pytest.raises(SettingError, match=r"steps=0, ways=3, inner_lr=0\.4; give a step"):
+    with pytest.raises(SettingError, match=r"steps=0, ways=3, inner_lr=0\.1; give a step"):
         maml.MAML(TARGET, 3, steps=0)
     rival, episode = made(maml.MAML, TARGET, 3), sampled(shots=2)
     unlabeled = episode.support_y.clone()
@@ -274,7 +274,7 @@ def test_a_random_start_depends_on_its_seed_alone(finetuning):
 @pytest.mark.parametrize("bn_stats", ["query", "support"])
 def test_a_curve_says_where_it_peaks(finetuning, baselines, bn_stats):
     episode, start = sampled(shots=3), finetuning.random_start(TARGET, 3, 3)
-    curve = finetuning.fine_tuning_curve(TARGET, start, episode, steps=9, every=3, bn_stats=bn_stats)
+    curve = finetuning.fine_tuning_curve(episode, TARGET, start, steps=9, every=3, bn_stats=bn_stats)
     assert curve.steps.tolist() == [0, 3, 6, 9]
     assert curve.accuracy.shape == (4, 3)
     assert curve.seconds[0] == 0
@@ -283,7 +283,7 @@ def test_a_curve_says_where_it_peaks(finetuning, baselines, bn_stats):
     logits = TARGET.functional(episode.query_x, tensors, bn_stats)
     torch.testing.assert_close(curve.accuracy[-1], baselines.accuracy(logits, episode))
     assert curve.peak.accuracy == curve.accuracy.mean(1).max()
-    assert curve.peak.step == curve.steps[curve.accuracy.mean(1).argmax()]
+    assert curve.peak.steps == curve.steps[curve.accuracy.mean(1).argmax()]
 
 
 def test_fine_tuning_refuses_bad_settings_and_labels(finetuning):
@@ -291,7 +291,7 @@ def test_fine_tuning_refuses_bad_settings_and_labels(finetuning):
     with pytest.raises(SettingError, match="lr=0 and steps=5 must be above 0"):
         finetuning.fine_tune(episode.support_x, episode.support_y, TARGET, start, lr=0, steps=5)
     with pytest.raises(SettingError, match="every=0 must be 1 or more"):
-        finetuning.fine_tuning_curve(TARGET, start, episode, every=0)
+        finetuning.fine_tuning_curve(episode, TARGET, start, every=0)
     with pytest.raises(DataError, match=r"fine-tuning: labels 0\.\.3"):
         finetuning.fine_tune(episode.support_x, episode.support_y + (episode.support_y == 2), TARGET, start)
 
@@ -362,7 +362,7 @@ def test_weights_kept_apart_are_the_first_task_of_each_stream(baselines, carry):
 def test_a_stream_is_forgotten_without_replay_and_kept_with_it(finetuning):
     sequence = stream(n_tasks=3, sequences=6, shots=5)
     start = finetuning.random_start(GROUPED, 6, 6)
-    with_replay, without = (finetuning.fine_tuned_stream(GROUPED, start, sequence, steps=40, replay=replay) for replay in (True, False))
+    with_replay, without = (finetuning.fine_tuned_stream(sequence, GROUPED, start, steps=40, replay=replay) for replay in (True, False))
     kept, lost = (found.class_incremental[:, 2, :2].mean() for found in (with_replay, without))
     assert kept > lost + 0.3
     assert lost < 0.2
@@ -377,7 +377,7 @@ def test_a_stream_is_forgotten_without_replay_and_kept_with_it(finetuning):
 def test_the_first_task_of_a_stream_is_plain_fine_tuning(finetuning, baselines):
     sequence = stream(n_tasks=2)
     start = finetuning.random_start(GROUPED, 4, 4)
-    found = finetuning.fine_tuned_stream(GROUPED, start, sequence, steps=8)
+    found = finetuning.fine_tuned_stream(sequence, GROUPED, start, steps=8)
     first = sequence[0]
     tensors = finetuning.fine_tune(first.support_x, first.support_y, GROUPED, finetuning.random_start(GROUPED, 4, 2), steps=8)
     torch.testing.assert_close(found.class_incremental[:, 0, 0], baselines.accuracy(GROUPED.functional(first.query_x, tensors), first))
@@ -386,6 +386,6 @@ def test_the_first_task_of_a_stream_is_plain_fine_tuning(finetuning, baselines):
 def test_a_stream_refuses_another_norm_and_another_head(finetuning):
     sequence = stream(n_tasks=2)
     with pytest.raises(SettingError, match="norm='batch' lets queries"):
-        finetuning.fine_tuned_stream(TARGET, finetuning.random_start(TARGET, 4, 4), sequence)
+        finetuning.fine_tuned_stream(sequence, TARGET, finetuning.random_start(TARGET, 4, 4))
     with pytest.raises(SettingError, match="the tasks have 4 classes, the last layer 3"):
-        finetuning.fine_tuned_stream(GROUPED, finetuning.random_start(GROUPED, 4, 3), sequence)
+        finetuning.fine_tuned_stream(sequence, GROUPED, finetuning.random_start(GROUPED, 4, 3))
