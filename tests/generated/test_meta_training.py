@@ -93,6 +93,17 @@ def test_a_generated_head_warms_up_beside_class_means(source):
         assert extra == pytest.approx(share * by_means, abs=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"scenario": "task"}, {"n_tasks": (1, 2)}, {"label_codes": "random"}, {"update": "gate"}], ids=str)
+def test_the_continual_form_is_trained_as_it_is_asked(source, tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(meta_training, "_VALIDATION_TASKS", 20)
+    whole = continual(source, **settings)
+    list(whole.build(tmp_path))
+    model = load_hypertransformer(tmp_path)
+    assert (model.scenario, model.update_form) == (settings.get("scenario", "class"), settings.get("update", "add"))
+    assert whole.fingerprint() != continual(source).fingerprint()
+    assert 0.2 < json.loads((tmp_path / "training.json").read_text())["valid_accuracy"] <= 1
+
+
 def test_images_are_counted(make, source, tmp_path):
     n_images = {step.n_examples for step in make(source).build(tmp_path)}
     per_task = 2 * (1 + 2)
@@ -181,7 +192,8 @@ def test_training_stops_when_nothing_gets_better(make, source, tmp_path, monkeyp
     assert (report["best_step"], report["steps"], report["stopped_early"]) == (8, 12, True)
 
 
-def test_the_last_step_is_validated_whatever_the_rhythm(source, tmp_path):
+def test_the_last_step_is_validated_whatever_the_rhythm(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_training, "_VALIDATION_TASKS", 3)
     list(plain(source, steps=3).build(tmp_path))
     assert [row["step"] for row in json.loads((tmp_path / "training.json").read_text())["curve"]] == [2, 3]
 
