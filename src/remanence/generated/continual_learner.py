@@ -31,18 +31,17 @@ _FORGETTING = ("exact", "prototypes")
 _ON_REPEAT = ("merge", "replace", "error")
 
 
-
 class ContinualHyperTransformerLearner(Learner):
     """Each task is read in one pass that rewrites the CNN all tasks share; of a class one mean stays, in the embedding of its time.
 
     Without a task's name the nearest of all means answers; with it, the nearest of that task's. A name that was never learned is
-    answered as none.
+    answered as none: probes ask about tasks that are still to come.
 
     Forgetting, in the three forms there are:
 
-    - `keep_supports=True` goes back to the state before the task and replays what came after it: exact, bit for bit as if the task
-      (or these classes, or these examples of it) had never been learned. Each task then holds its support set and a copy of the
-      state before it, which grows by one mean a class.
+    - `keep_supports=True` goes back to the state before the task and replays what came after it: exact, as if the task (or these
+      classes, or these examples of it) had never been learned, bit for bit on the same machine and number of threads. Each task then
+      holds its support set and a copy of the state before it, which grows by one mean a class.
     - `forgetting="prototypes"` only drops the class means. The classes are never answered again, but their traces stay in the
       weights: partial. When nothing else is left the learner begins anew, which is exact.
     - By default `forget` refuses.
