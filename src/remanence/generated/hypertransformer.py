@@ -286,7 +286,7 @@ class HyperTransformer(nn.Module):
 
     def _local(self, name: str, z: Tensor, n_tasks: int) -> Tensor:
         """(S, B*C, H, W) -> (B, S, width): features that the layer's transformer reads of its activations."""
-        per_sample = self.local[name](z.unflatten(1, (n_tasks, -1)).flatten(0, 1))
+        per_sample = self.local[name](z.unflatten(1, (n_tasks, -1)).flatten(0, 1))  # type: ignore[no-untyped-call]
         return per_sample.unflatten(0, (len(z), n_tasks)).transpose(0, 1)  # type: ignore[no-any-return]
 
     def _parse(self, name: str, slices: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -327,7 +327,7 @@ class HyperTransformer(nn.Module):
         Args:
             used: (B, n) bool, which slots other slots may read; None when all may be.
         """
-        maps = embeddings.unflatten(-1, (self.target.channels, self.target.sides[-1], self.target.sides[-1]))
+        maps = embeddings.unflatten(-1, (self.target.channels, self.target.sides[-1], self.target.sides[-1]))  # type: ignore[no-untyped-call]
         local = self.local["logits"](maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
         generator = self._generators_logits()
         classes = generator.slice_codes[:n_ways].expand(len(embeddings), -1, -1) if codes is None else codes[:, :n_ways]

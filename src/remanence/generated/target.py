@@ -156,7 +156,7 @@ class TargetNet:
             x: (N, B*C, H, W).
             present: (B, N) bool; images that are absent count nothing.
         """
-        x = _at_least_float32(x).unflatten(1, (n_tasks, -1))
+        x = _at_least_float32(x).unflatten(1, (n_tasks, -1))  # type: ignore[no-untyped-call]
         if present is None:
             variance, mean = torch.var_mean(x, dim=(0, 3, 4), correction=0)
             return mean, variance
@@ -207,7 +207,7 @@ def grouped(x: Tensor) -> Tensor:
 
 def flat(x: Tensor, n_tasks: int) -> Tensor:
     """(N, B*C, H, W) -> (B, N, C*H*W)."""
-    return x.unflatten(1, (n_tasks, -1)).flatten(2).transpose(0, 1)
+    return x.unflatten(1, (n_tasks, -1)).flatten(2).transpose(0, 1)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
