@@ -185,6 +185,15 @@ def test_a_mini_batch_need_not_show_every_class():
     assert model.predict(state, queries()).isneginf().any(1).tolist() == [[True, False, False]]
 
 
+def test_what_a_mini_batch_does_not_show_is_not_replaced():
+    model = model_of(scenario="minibatch")
+    state = model.step(model.init_state(), *support(0))
+    x, y = support(1)
+    new = model.step(state, x[:, :1], y[:, :1] + 1, on_repeat="replace")
+    assert new.counts.tolist() == [[2.0, 1.0]]
+    assert torch.equal(new.prototypes[:, 0], state.prototypes[:, 0])
+
+
 def test_a_generated_head_knows_what_it_was_shown():
     model = model_of(head="generated", scenario="minibatch")
     x, y = support(0)

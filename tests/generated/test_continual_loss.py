@@ -257,6 +257,21 @@ def test_drift_of_a_class_that_came_again_is_from_its_merged_mean():
     assert torch.allclose(drift[:, 1], distance.mean(1), atol=1e-6)
 
 
+def test_drift_in_task_incremental_is_from_the_means_of_the_task_itself():
+    model = small(scenario="task")
+    sequence = [_episode(step, [[1, 2]] * 2) for step in range(2)]
+    assert torch.allclose(prototype_drift(model, model.states(sequence)[-1], sequence)[:, 1], torch.zeros(2), atol=1e-5)
+
+
+def test_drift_counts_the_classes_that_a_sequence_has():
+    model, x = small(), support(0, n=2, batch=2)[0]
+    sequence = [Episode(x, torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]), x[:, :0]), episode(1)]
+    state = model.states(sequence)[-1]
+    drift = prototype_drift(model, state, sequence)
+    own = (model.embed(state, x)[1].mean(0) - state.prototypes[1, 0]).norm()
+    assert torch.allclose(drift[1, 0], own, atol=1e-5)
+
+
 def test_drift_of_mini_batches_is_from_the_shared_means():
     model = small(scenario="minibatch")
     sequence = [_episode(step, None) for step in range(2)]
