@@ -67,7 +67,7 @@ class ProtoNet(TinyCNN):
 
     def __init__(self, target: TargetNet, bn_stats: Literal["query", "support"] = "query") -> None:
         super().__init__(target, bn_stats)
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(target.embedding_width)))
 
     def adapt(self, support_x: Tensor, support_y: Tensor, mask: Tensor | None = None, n_ways: int | None = None) -> Tensors:
         """Images (B, S, C, H, W) and slots (B, S) -> tensors of the CNN for each task, statistics of the support recorded.
@@ -108,7 +108,7 @@ class ConstPN(TinyCNN):
             raise SettingError(f"ConstPN: scenario='{scenario}' is unknown; give 'class' or 'task'.")
         super().__init__(target)
         self.scenario = scenario
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(target.embedding_width)))
 
     def unroll(self, sequence: Sequence[Episode]) -> list[Tensor]:
         """Answer, after every task, the queries of all tasks so far.

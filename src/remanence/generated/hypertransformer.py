@@ -114,22 +114,22 @@ class HyperTransformer(nn.Module):
 
     def _make_head(self) -> None:
         target = self.target
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(target.embedding_width)))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(target.embedding_width)))
         if self.head == "prototype":
             return
         channels, side = target.channels, target.sides[-1]
         self.local["logits"] = LocalFeatures(channels, channels, side, 1) if self.preset else FlatFeatures(channels, side)
         std = 0.0 if self.head == "proto+delta" else 1 / math.sqrt(target.embedding_width)
         n_slices = 0 if self.label_codes == "random" else self.max_ways  # with random codes a class's slice has the class's own
-        self.generators["logits"] = self._generator(n_slices, target.embedding_width + 1, self.local["logits"].width, std)  # type: ignore[arg-type]
+        self.generators["logits"] = self._generator(n_slices, target.embedding_width + 1, self.local["logits"].width, std, by_class=True)  # type: ignore[arg-type]
 
-    def _generator(self, n_slices: int, size: int, local_width: int, std: float) -> nn.Module:
+    def _generator(self, n_slices: int, size: int, local_width: int, std: float, by_class: bool = False) -> nn.Module:
         features = local_width + self.shared.width
         n_codes = 0 if self.label_codes == "random" else self.max_ways
         if self.preset == "paper":
             return PaperWeightGenerator(n_slices, size, features, n_codes, self.code_width, reads_previous=self.reads_previous)
         return WeightGenerator(
-            n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous
+            n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous, by_class
         )
 
     # --- the one pass ------------------------------------------------------------------------------------------

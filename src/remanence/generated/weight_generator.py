@@ -32,14 +32,16 @@ class WeightGenerator(nn.Module):
         width, depth, heads: of the transformer; its ReLU layers have 2 x width units.
         std: of the read-out at the start, times 1/sqrt(D); 0 writes nothing at first.
         reads_previous: the tokens also see what the slices held before.
+        by_class: slice j stands for class j, and begins with its code.
 
-    Source: as the module. ours: pre-LN blocks of a fixed width between linear read-in and read-out. The paper's form is
-        `PaperWeightGenerator`.
+    Source: as the module. ours: pre-LN blocks of a fixed width between linear read-in and read-out, and a start in which tokens attend to
+        their likes: keys begin as queries, and codes are read alike in slices and samples. Without it a generated head needs hundreds
+        of steps to find out which samples are its class's. The paper's form is `PaperWeightGenerator`.
     """
 
     def __init__(
         self, n_slices: int, slice_size: int, feature_width: int, n_classes: int, code_width: int = 32, width: int = 64, depth: int = 2,
-        heads: int = 4, std: float = 0.1, reads_previous: bool = False,
+        heads: int = 4, std: float = 0.1, reads_previous: bool = False, by_class: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
@@ -53,6 +55,12 @@ class WeightGenerator(nn.Module):
         self.write = nn.Linear(width, slice_size)
         nn.init.normal_(self.write.weight, std=std / math.sqrt(width))
         nn.init.zeros_(self.write.bias)
+        with torch.no_grad():
+            self.read_slice.weight.copy_(self.read_sample.weight[:, :code_width])
+            for block in self.blocks:
+                block.keys_values.weight[:width] = block.queries.weight
+            if by_class:
+                self.slice_codes.copy_(self.label_codes[:n_slices])
 
     def forward(
         self, features: Tensor, labels: Tensor, present: Tensor | None = None, codes: Tensor | None = None, previous: Tensor | None = None,

@@ -1,0 +1,227 @@
+"""Continual cells of the HyperTransformer benchmark: C1 to C6 and C8.
+
+Every arm has the same small CNN, normalised per image, and trains on the same sequences of the background split (four turns of every
+class); all are measured on the same sequences of the evaluation split. Axes: B sequences, T tasks, Q queries.
+"""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from hypertransformer_baselines import ConstPN
+from hypertransformer_cells import Result
+from hypertransformer_few_shot import background, evaluation, fresh, train_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence.generated.continual import ContinualHyperTransformer, continual_loss, continual_targets
+from remanence.generated.episode import Episode
+from remanence.generated.meta_trainer import warm_up_share
+from remanence.generated.sampling import EpisodeSampler, SequenceSampler
+from remanence.generated.target import TargetNet
+from remanence.keys import generator
+from remanence.streams import Source, digits, fashion_mnist, turned
+
+TEST_SEED, TEST_SEQUENCES, TEST_BATCH = 54321, 200, 20
+TRAIN_TASKS = 3
+
+
+@cache
+def domains(test: bool) -> tuple[Source, ...]:
+    """Omniglot, clothing and digits, 28 x 28 each. Of the small sets one side has the quarter turns 1 and 2, the other 0 and 3."""
+    found = [evaluation() if test else background()]
+    for source in (fashion_mnist(n_train=2000, n_test=1000), _enlarged(digits())):
+        rows = source.select(source.is_test == test)
+        found.append(_joined(rows, turned(rows, (3,))) if test else turned(rows, (1, 2)))
+    return tuple(found)
+
+
+def _enlarged(source: Source) -> Source:
+    images = F.interpolate(source.images, size=28, mode="bilinear", align_corners=False).clamp(0, 1)
+    return replace(source, images=images)
+
+
+def _joined(first: Source, second: Source) -> Source:
+    columns = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in ("images", "labels", "ids", "is_test")}
+    return replace(second, class_names=first.class_names | second.class_names, **columns)
+
+
+def target() -> TargetNet:
+    """Three blocks: the last map has 3 x 3 pixels, and an embedding 72 numbers."""
+    return TargetNet(8, n_layers=3, norm="group")
+
+
+# --- streams of tasks: C2, C3, C4, C6, C8 ----------------------------------------------------------------------------
+
+
+def make(arm: str) -> nn.Module:
+    if arm == "constpn":
+        return ConstPN(target())
+    return ContinualHyperTransformer(target(), max_ways=5, carry=arm != "nocarry")
+
+
+def stream(
+    arm: str, seed: int, steps: int, lr: float, n_tasks: tuple[int, int] = (TRAIN_TASKS, TRAIN_TASKS), multi: bool = False,
+    test_tasks: int = 10, cpu_seconds: float | None = None,
+) -> tuple[nn.Module, Result]:  # fmt: skip
+    """Train an arm on sequences of tasks; measure A[t, task], class- and task-incremental, and the drop of an oracle's."""
+    sources = domains(test=False) if multi else (background(),)
+    sampler = SequenceSampler(sources, n_tasks=tuple(n_tasks), ways=5, shots=1, queries=8, sequences=6, quarter_turns=not multi, seed=seed)
+    model = fresh(lambda: make(arm), seed)
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        sequence = sampler.sample(step)
+        return continual_loss(model.unroll(sequence), continual_targets(sequence))[0]  # type: ignore[operator]
+
+    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    tests = SequenceSampler(
+        domains(test=True) if multi else (evaluation(),), n_tasks=test_tasks, queries=10, sequences=TEST_BATCH, seed=TEST_SEED
+    )
+    return model, figures | matrices(model, tests)
+
+
+@torch.no_grad()
+def matrices(model: nn.Module, tests: SequenceSampler, n_sequences: int = TEST_SEQUENCES) -> Result:
+    """A[t, task] (T, T) over all test sequences: "class" and "task"; NaN above the diagonal."""
+    found: dict[str, list[Tensor]] = {"class": [], "task": []}
+    growth: list[dict[str, float]] = []
+    for index in range(n_sequences // TEST_BATCH):
+        sequence = tests.sample(index)
+        answers = model.unroll(sequence)  # type: ignore[operator]
+        found["class"].append(table(answers, sequence, within=False))
+        found["task"].append(table(answers, sequence, within=True))
+        if isinstance(model, ContinualHyperTransformer) and index == 0:
+            growth = [length_ratio(model, state.slices) for state in model.states(sequence)]
+    return {name: torch.stack(each).mean(0).tolist() for name, each in found.items()} | {"growth": growth}
+
+
+def table(answers: list[Tensor], sequence: tuple[Episode, ...], within: bool) -> Tensor:
+    """A[t, task] (T, T) of a batch of sequences; `within` asks among the classes of the query's own task."""
+    n_tasks, targets = len(sequence), continual_targets(sequence)
+    found = torch.full((n_tasks, n_tasks), torch.nan)
+    for t, (logits, target) in enumerate(zip(answers, targets, strict=True)):
+        if within:
+            owner = torch.arange(logits.shape[2]) // sequence[0].n_max
+            asker = target // sequence[0].n_max
+            logits = logits.masked_fill(owner != asker[..., None], -torch.inf)
+        hits = (logits.argmax(-1) == target).float()
+        found[t, : t + 1] = hits.view(len(hits), t + 1, -1).mean((0, 2))
+    return found
+
+
+def length_ratio(model: ContinualHyperTransformer, slices: dict[str, Tensor]) -> dict[str, float]:
+    """Length of a layer's slices over that of its learned start."""
+    return {name: (value.norm(dim=(1, 2)).mean() / model.base[name].norm()).item() for name, value in slices.items()}
+
+
+@torch.no_grad()
+def orders(model: nn.Module, n_orders: int = 5, n_tasks: int = 5, n_sequences: int = 100) -> list[float]:
+    """C8: final class-incremental accuracy of the same tasks in several orders."""
+    tests = SequenceSampler(evaluation(), n_tasks=n_tasks, queries=10, sequences=n_sequences, seed=TEST_SEED + 1)
+    sequence = tests.sample(0)
+    found = []
+    for order in range(n_orders):
+        places = torch.randperm(n_tasks, generator=generator("order", order)).tolist()
+        shuffled = tuple(sequence[place] for place in places)
+        found.append(table(model.unroll(shuffled), shuffled, within=False)[-1].mean().item())  # type: ignore[operator]
+    return found
+
+
+# --- mini-batches of one task: C5 --------------------------------------------------------------------------------------
+
+
+def minibatch(arm: str, seed: int, steps: int, lr: float, n_steps: int = 4, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+    """One task of five classes arrives a shot at a time ("cht", "nocarry"), or all at once ("merged")."""
+    model = fresh(lambda: ContinualHyperTransformer(target(), scenario="minibatch", max_ways=5, carry=arm == "cht"), seed)
+    sampler = EpisodeSampler(background(), 5, n_steps, queries=8, tasks=4, quarter_turns=True, seed=seed)
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return torch.stack([F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits, y in parts(model, sampler.sample(step), arm)]).mean()
+
+    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    tests = EpisodeSampler(evaluation(), 5, n_steps, queries=15, tasks=TEST_BATCH, seed=TEST_SEED)
+    hits: list[list[float]] = []
+    with torch.no_grad():
+        for index in range(TEST_SEQUENCES // TEST_BATCH):
+            hits.append([(logits.argmax(-1) == y).float().mean().item() for logits, y in parts(model, tests.sample(index), arm)])
+    return model, figures | {"accuracy": torch.tensor(hits).mean(0).tolist()}
+
+
+def parts(model: nn.Module, episode: Episode, arm: str) -> list[tuple[Tensor, Tensor]]:
+    """Logits of the queries after each mini-batch, with their slots."""
+    assert isinstance(model, ContinualHyperTransformer)
+    assert episode.query_y is not None
+    shots = episode.support_y.shape[1] // episode.n_max
+    each = [[shot + slot * shots for slot in range(episode.n_max)] for shot in range(shots)] if arm != "merged" else [list(range(episode.support_y.shape[1]))]
+    batches = [replace(episode, support_x=episode.support_x[:, rows], support_y=episode.support_y[:, rows]) for rows in each]
+    return [(model.predict(state, episode.query_x), episode.query_y) for state in model.states(batches)]
+
+
+# --- classes in halves, no class means: C1 -----------------------------------------------------------------------------
+
+
+def head_only(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+    """Four classes, two in each of two steps, answered by a generated last layer alone; of what was shown first, what is left?"""
+    model = fresh(
+        lambda: ContinualHyperTransformer(
+            TargetNet(8, norm="group"), scenario="minibatch", head="generated", max_ways=4, carry=arm == "cht", label_codes="random"
+        ),
+        seed,
+    )
+    sampler = EpisodeSampler(background(), 4, 1, queries=8, tasks=8, quarter_turns=True, seed=seed)
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return halves_loss(model, halves(sampler.sample(step)), generator(seed, "codes", step), warm_up_share(step, steps))
+
+    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    return model, figures | remembered(model)
+
+
+def halves(episode: Episode) -> list[Episode]:
+    """A four-way episode as two steps: classes 0 and 1, then 2 and 3."""
+    found = []
+    for first in (0, 2):
+        support, query = (((y[0] >= first) & (y[0] < first + 2)) for y in (episode.support_y, episode.query_y) if y is not None)
+        found.append(
+            replace(
+                episode, support_x=episode.support_x[:, support], support_y=episode.support_y[:, support],
+                query_x=episode.query_x[:, query], query_y=None if episode.query_y is None else episode.query_y[:, query], allow_empty=True,
+            )
+        )  # fmt: skip
+    return found
+
+
+def halves_loss(model: nn.Module, sequence: list[Episode], draw: torch.Generator, warm_up: float) -> Tensor:
+    """Cross-entropy after both steps of the generated head, and, fading, of the class means (see `HyperTransformer.answers`)."""
+    assert isinstance(model, ContinualHyperTransformer)
+    total = torch.zeros(())
+    for t, state in enumerate(model.states(sequence, draw)):
+        x = torch.cat([episode.query_x for episode in sequence[: t + 1]], 1)
+        y = torch.cat([episode.query_y for episode in sequence[: t + 1] if episode.query_y is not None], 1).flatten()
+        written, by_means = model.head_and_means(state, x)
+        total = total + 0.5 * (F.cross_entropy(written.flatten(0, 1), y) + warm_up * F.cross_entropy(by_means.flatten(0, 1), y))
+    return total
+
+
+@torch.no_grad()
+def remembered(model: nn.Module, episodes: int = TEST_SEQUENCES) -> dict[str, Any]:
+    """After both steps: accuracy on the classes of the first, of the second, and of the first after other classes' images had stood there."""
+    assert isinstance(model, ContinualHyperTransformer)
+    tests = EpisodeSampler(evaluation(), 4, 1, queries=15, tasks=TEST_BATCH, seed=TEST_SEED)
+    others = EpisodeSampler(evaluation(), 4, 1, queries=1, tasks=TEST_BATCH, seed=TEST_SEED + 1)
+    found = []
+    for index in range(episodes // TEST_BATCH):
+        first, second = halves(tests.sample(index))
+        elsewhere = halves(others.sample(index))[0]
+        state, misled = (model.states(sequence)[-1] for sequence in ([first, second], [elsewhere, second]))
+        hits = [
+            (model.predict(held, episode.query_x).argmax(-1) == episode.query_y).float().mean().item()
+            for held, episode in ((state, first), (state, second), (misled, first))
+        ]
+        found.append(hits)
+    first_kept, second_known, control = torch.tensor(found).mean(0).tolist()
+    return {"first": first_kept, "second": second_known, "control": control}
+
+
+__all__ = ["head_only", "matrices", "minibatch", "orders", "stream"]
