@@ -1,5 +1,6 @@
 """Knowledge as generated weights: a network reads a handful of examples and writes the weights of a small CNN in one pass."""
 
+from remanence.generated.continual import ContinualHyperTransformer, ContinualState
 from remanence.generated.continual_learner import ContinualHyperTransformerLearner
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.generated.files import load_hypertransformer, model_fingerprint, save_hypertransformer, shipped_hypertransformer
@@ -10,7 +11,9 @@ from remanence.generated.task_weights import TaskWeights
 
 __all__ = [
     "UNLABELED",
+    "ContinualHyperTransformer",
     "ContinualHyperTransformerLearner",
+    "ContinualState",
     "Episode",
     "EpisodeSampler",
     "HyperTransformerLearner",
