@@ -17,7 +17,7 @@ from hypertransformer_few_shot import make, swapped_tasks
 
 Judged = tuple[dict[str, Any], list[Gate]]
 TUNING_SEED = 100
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 class Size(NamedTuple):
@@ -47,7 +47,7 @@ FEW_SHOT_ARMS = ("ht", "proto", "maml", "maml-gentle")
 
 
 def tuning_cells(size: Size) -> list[Cell]:
-    """Short runs on held-out background classes: four arms, three rates."""
+    """Short runs on held-out background classes: four arms, four rates."""
     return [_tuning(arm, lr, size) for arm in FEW_SHOT_ARMS for lr in RATES]
 
 
@@ -375,19 +375,19 @@ def _c1(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 EXPERIMENTS: dict[str, Experiment] = {
     "H1": Experiment("5-way 1-shot, 8 channels, equal steps", _h1_cells, _h1),
-    "H2": Experiment("5-way 1-shot, 8 channels, equal CPU time", lambda s, r: [*_h1_cells(s, r), *_h2_rivals(s, r)], _h2),
-    "H5": Experiment("against MAML, five second-order steps, equal CPU time; adaptation timed", lambda s, r: [*_h1_cells(s, r), *_h5_rivals(s, r)], _h5),
     "C1": Experiment("memory in the weights alone", lambda s, r: [_head(arm, seed, s) for seed in s.seeds for arm in ("cht", "nocarry")], _c1),
     "C2": Experiment("no forgetting, task-incremental", _stream_cells(()), _c2),
     "C3": Experiment("class-incremental, against a constant embedding; C4a", _stream_cells(("constpn", "nocarry")), _c3),
     "H3": Experiment("all layers against logits only, by channels", _h3_cells, _h3),
-    "H6": Experiment("unlabelled images", lambda s, r: [_h6_cell(depth, seed, s, r) for depth in (1, 2) for seed in s.few], _h6),
+    "H2": Experiment("5-way 1-shot, 8 channels, equal CPU time", lambda s, r: [*_h1_cells(s, r), *_h2_rivals(s, r)], _h2),
+    "H5": Experiment("against MAML, five second-order steps, equal CPU time; adaptation timed", lambda s, r: [*_h1_cells(s, r), *_h5_rivals(s, r)], _h5),
     "H7": Experiment("do the kernels depend on the task?", _h7_cells, _h7),
     "C4b": Experiment("recurrence over three domains", _c4_cells, _c4),
     "C5": Experiment("mini-batches of one task", lambda s, r: [_mini(arm, seed, s, r) for arm in ("cht", "nocarry", "merged") for seed in s.seeds], _c5),
     "C6": Experiment("ten tasks after training on three", lambda s, r: [cell for cells in _c6_arms(s, r).values() for cell in cells], _c6),
     "C7": Experiment("cost of a step", lambda s, r: [_stream("cht", 0, s, r)], _c7),
     "C8": Experiment("order of the tasks", _stream_cells(("nocarry",)), _c8),
+    "H6": Experiment("unlabelled images", lambda s, r: [_h6_cell(depth, seed, s, r) for depth in (1, 2) for seed in s.few], _h6),
     "speed": Experiment("batches of tasks, and what compiling buys", lambda s, r: [_few("ht", 0, s, r)], lambda b, s, r: _speed(b, s, r)),
     "reported": Experiment("one seed, not gated: 20 ways, 5 shots, 32 channels, generated heads", _reported_cells, _reported),
 }

@@ -139,7 +139,7 @@ def semi_supervised(arm: str, seed: int, steps: int, lr: float, depth: int, cpu_
 
     def loss(model: nn.Module, step: int) -> Tensor:
         draw = generator(seed, "codes", step)
-        episode = thinned(sampler.sample(step), float(torch.rand((), generator=draw)), draw)
+        episode = thinned(sampler.sample(step), max(0.0, 2 * float(torch.rand((), generator=draw)) - 1), draw)  # half the steps show all
         written, by_means = model.answers(episode, draw)  # type: ignore[operator]
         return episode_loss(written, episode) + warm_up_share(step, steps) * episode_loss(by_means, episode)
 

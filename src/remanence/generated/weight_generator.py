@@ -35,8 +35,8 @@ class WeightGenerator(nn.Module):
         by_class: slice j stands for class j, and begins with its code.
 
     Source: as the module. ours: pre-LN blocks of a fixed width between linear read-in and read-out, and a start in which tokens attend to
-        their likes: keys begin as queries, and codes are read alike in slices and samples. Without it a generated head needs hundreds
-        of steps to find out which samples are its class's. The paper's form is `PaperWeightGenerator`.
+        their likes: keys begin as queries, codes are read alike in slices and samples, and "no label" says nothing. Without it a
+        generated head needs hundreds of steps to find out which samples are its class's. The paper's form is `PaperWeightGenerator`.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class WeightGenerator(nn.Module):
         nn.init.normal_(self.write.weight, std=std / math.sqrt(width))
         nn.init.zeros_(self.write.bias)
         with torch.no_grad():
+            self.label_codes[-1] = 0
             self.read_slice.weight.copy_(self.read_sample.weight[:, :code_width])
             for block in self.blocks:
                 block.keys_values.weight[:width] = block.queries.weight
