@@ -54,11 +54,13 @@ class HyperClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Use it where each class has one to a few examples, nothing else of the kind is at hand to train on, and a model is wanted at once:
     fitting twenty images takes a fraction of a second.
 
-    Where it loses: the shipped model was meta-trained on handwritten characters. What is not drawn in strokes (photographs, clothes)
-    is read through a net of a few channels that never saw its like, and logistic regression or nearest class means on the same
-    pixels are often better, the more so the more samples a class has: the written CNN has a few thousand numbers and cannot use
-    hundreds of images. For tables, use scikit-learn's own classifiers; rows are taken so that pipelines work.
-    benchmarks/hyper_classifier.py measures all this beside those two rivals.
+    Where it loses: the shipped model was meta-trained on handwritten characters, and new characters are where it clearly wins. What is
+    not drawn in fine strokes (photographs, clothes, digits of 8 x 8 pixels) is read through a net of a few channels that never saw
+    its like; there logistic regression or nearest class means on the same pixels are often as good or better, the more so the more
+    samples a class has, because a CNN of a few thousand numbers written in one pass cannot use hundreds of images. For tables, use
+    scikit-learn's own classifiers; rows are taken so that pipelines work. At one shot nothing can be held out, so that probabilities
+    are those of the model as it was meta-trained: off characters their calibration error is large. benchmarks/hyper_classifier.py
+    measures all this beside those two rivals.
 
     Args:
         model: who writes the CNN: None for the HyperTransformer that ships with the package, a folder written by
