@@ -26,6 +26,11 @@ class Block(nn.Module):
         self.queries, self.keys_values = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, inner), nn.Linear(inner, width)
 
+    @torch.no_grad()
+    def begin_alike(self) -> None:
+        """Let keys begin as queries: a token attends to its likes."""
+        self.keys_values.weight[: len(self.queries.weight)] = self.queries.weight
+
     def forward(self, x: Tensor, n_asking: int | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, n_asking, D).
 

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from remanence.errors import DataError, SettingError
 from remanence.generated import _continual_checks as checks
 from remanence.generated._continual_classes import OnRepeat, among, names_after, repeats, slots_of_names, usual_slots, with_classes
+from remanence.generated._hyper_checks import blanked
 from remanence.generated.continual_loss import accuracy_table, continual_loss, continual_targets
 from remanence.generated.continual_state import ContinualState, UnknownTask
 from remanence.generated.episode import Episode
 from remanence.generated.heads import class_means, linear, squared_distances
 from remanence.generated.hypertransformer import HyperTransformer, Slices
+from remanence.generated.support import Support
 from remanence.generated.target import TargetNet
 
 __all__ = [
@@ -167,24 +169,21 @@ class ContinualHyperTransformer(HyperTransformer):
     def _take_in(
         self, state: ContinualState, episode: Episode, slots: Tensor, codes: Tensor | None, on_repeat: OnRepeat = "merge"
     ) -> ContinualState:
-        x, mask, n_ways = episode.support_x, episode.support_mask, episode.n_max
-        labels = self._rows(episode.support_y, n_ways)
-        shared = self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        x = blanked(episode.support_x, episode.support_mask)
+        support = self.read(x, episode.support_y, episode.support_mask, episode.n_max, codes)
         previous = state.slices if self.carry else self.init_state(len(x)).slices
-        tensors, embeddings, held = self.trunk(x, labels, shared, mask, codes, previous)
+        tensors, embeddings, held = self.trunk(x, support, previous)
         if self.head == "generated":
-            written = self.write_head(embeddings, labels, shared, mask, codes, self.max_ways, previous["logits"])
+            written = self.write_head(embeddings, replace(support, n_ways=self.max_ways), previous["logits"])
             held["logits"] = self._join("logits", previous["logits"], written)
             tensors |= _last_layer(held["logits"])
-        means, counts = class_means(embeddings, labels, n_ways, mask)
+        means, counts = class_means(embeddings, support.labels, support.n_ways, support.mask)
         return with_classes(replace(state, slices=held, tensors=tensors), means, counts, slots, on_repeat)
 
-    def update(
-        self, name: str, features: Tensor, labels: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Tensor | None
-    ) -> Tensor:
+    def update(self, name: str, features: Tensor, support: Support, previous: Tensor | None) -> Tensor:
         if previous is None:
-            previous = self.base[name].expand(len(labels), -1, -1)
-        return self._join(name, previous, self.generators[name](features, labels, mask, codes, previous))
+            previous = self.base[name].expand(len(features), -1, -1)
+        return self._join(name, previous, self.generators[name](features, support.labels, support.mask, support.codes, previous))
 
     def _join(self, name: str, previous: Tensor, written: Tensor) -> Tensor:
         if self.update_form == "add":

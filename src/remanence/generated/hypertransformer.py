@@ -16,7 +16,7 @@ Axes: B tasks, S support samples, Q queries, C channels, H, W pixels, n ways, D 
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from remanence.generated._hyper_checks import blanked, check_settings, has_lone_
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.generated.features import FlatFeatures, LocalFeatures, SharedFeatures
 from remanence.generated.heads import class_means, linear, prototype_layer, squared_distances
+from remanence.generated.support import Support, random_codes
 from remanence.generated.target import TargetNet, flat, grouped
 from remanence.generated.task_weights import TaskWeights
 from remanence.generated.weight_generator import Allocation, PaperWeightGenerator, WeightGenerator, assemble, cut, slice_layout
@@ -188,13 +189,12 @@ class HyperTransformer(nn.Module):
         and letting it fade, gets it off the ground (see `warm_up_share`).
         """
         require_fit(self.target, self.log_scale.dtype, episode.support_x)
-        mask, n_ways = episode.support_mask, episode.n_max
-        x = blanked(episode.support_x, mask)
-        labels, shared, codes = self._read(x, episode.support_y, n_ways, draw)
-        tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
-        tensors |= self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
+        x = blanked(episode.support_x, episode.support_mask)
+        support = self.read(x, episode.support_y, episode.support_mask, episode.n_max, self._codes(len(x), draw))
+        tensors, embeddings, _ = self.trunk(x, support)
+        tensors |= self.last_layer(embeddings, support)
         queries = self.target.embed(episode.query_x, tensors, self.bn_stats)
-        means, counts = class_means(embeddings, labels, n_ways, mask)
+        means, counts = class_means(embeddings, support.labels, support.n_ways, support.mask)
         by_means = -self.log_scale.exp() * squared_distances(queries, means)
         return linear(queries, tensors), by_means.masked_fill((counts == 0)[:, None], -torch.inf)
 
@@ -210,47 +210,38 @@ class HyperTransformer(nn.Module):
 
     def _write(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int) -> dict[str, Tensor]:
         x = blanked(x, mask)
-        labels, shared, codes = self._read(x, y, n_ways, None)
-        tensors, embeddings, _ = self.trunk(x, labels, shared, mask, codes)
+        support = self.read(x, y, mask, n_ways, self._codes(len(x), None))
+        tensors, embeddings, _ = self.trunk(x, support)
         for name in self.kernels:
             tensors[f"{name}.weight"] = self.kernels[name].expand(len(x), -1, -1, -1, -1)
-        return tensors | self.last_layer(embeddings, labels, shared, mask, codes, n_ways)[0]
+        return tensors | self.last_layer(embeddings, support)
 
-    def _read(self, x: Tensor, y: Tensor, n_ways: int, draw: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What all layers read of a support set: rows of the code tables, shared features, codes."""
-        return self._rows(y, n_ways), self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2]), self._codes(len(x), draw)
+    def read(self, x: Tensor, y: Tensor, mask: Tensor | None, n_ways: int, codes: Tensor | None) -> Support:
+        """What all layers read of a support set of images (B, S, C, H, W) and slots (B, S).
 
-    def _rows(self, y: Tensor, n_ways: int) -> Tensor:
-        """Slots -> rows of the code tables."""
+        Raises:
+            DataError: more ways than the model was made for.
+        """
         if n_ways > self.max_ways:
             raise DataError(
                 f"a task of {n_ways} ways, but this HyperTransformer was trained for at most {self.max_ways}; train one with larger "
                 f"max_ways. With label_codes='random' it may be larger than any task of the training, up to code_width."
             )
-        return torch.where(y == UNLABELED, self.max_ways, y)
+        shared = self.shared(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return Support(torch.where(y == UNLABELED, self.max_ways, y), shared, mask, codes, n_ways)
 
     def _codes(self, n_tasks: int, draw: torch.Generator | None) -> Tensor | None:
-        """(B, max_ways, e): orthonormal codes of the classes, as long as learned ones; None with learned codes."""
+        """(B, max_ways, e) codes of the classes; None with learned ones."""
         if self.label_codes == "learned":
             return None
-        e = self.code_width
-        drawn = torch.randn(1 if draw is None else n_tasks, e, e, generator=draw or torch.Generator().manual_seed(0))
-        q, r = torch.linalg.qr(drawn)
-        # the signs that the factorisation chose would tell slots apart (Mezzadri 2007, arXiv math-ph/0609050)
-        codes: Tensor = math.sqrt(e) * (q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None])[:, : self.max_ways]
-        return codes.expand(n_tasks, -1, -1).to(self.log_scale)
+        return random_codes(n_tasks, self.max_ways, self.code_width, draw).to(self.log_scale)
 
-    def trunk(
-        self, x: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Slices | None = None
-    ) -> tuple[dict[str, Tensor], Tensor, Slices]:
+    def trunk(self, x: Tensor, support: Support, previous: Slices | None = None) -> tuple[dict[str, Tensor], Tensor, Slices]:
         """Write the convolutions one after the other.
 
         Args:
             x: (B, S, C, H, W).
-            labels: (B, S) rows of the code tables.
-            shared: (B, S, shared_features).
-            mask: (B, S) bool.
-            codes: (B, max_ways, e).
+            support: what is read of these images.
             previous: what the layers held before; the base by default.
 
         Returns:
@@ -262,14 +253,14 @@ class HyperTransformer(nn.Module):
         for name in self.target.conv_names:
             gamma, beta = (values[name].expand(n_tasks, -1) for values in (self.gamma, self.beta))
             if name in self.written:
-                features = torch.cat([self._local(name, z, n_tasks), shared], -1)
-                held[name] = self.update(name, features, labels, mask, codes, None if previous is None else previous[name])
+                features = torch.cat([self._local(name, z, n_tasks), support.shared], -1)
+                held[name] = self.update(name, features, support, None if previous is None else previous[name])
                 kernel, gamma, beta = self._parse(name, held[name], gamma, beta)
             else:
                 kernel = self.kernels[name]
             z = self.target.convolve(z, kernel)
             if self.target.norm == "batch":
-                mean, variance = self.target.statistics(z, n_tasks, mask)
+                mean, variance = self.target.statistics(z, n_tasks, support.mask)
                 tensors |= {f"{name}.mean": mean, f"{name}.var": variance}
                 z = self.target.normalise(z, gamma, beta, (mean, variance))
             else:
@@ -277,11 +268,9 @@ class HyperTransformer(nn.Module):
             tensors |= {f"{name}.weight": kernel, f"{name}.gamma": gamma, f"{name}.beta": beta}
         return tensors, flat(z, n_tasks), held
 
-    def update(
-        self, name: str, features: Tensor, labels: Tensor, mask: Tensor | None, codes: Tensor | None, previous: Tensor | None
-    ) -> Tensor:
+    def update(self, name: str, features: Tensor, support: Support, previous: Tensor | None) -> Tensor:
         """What a layer's slices hold after this support set: (B, T, b)."""
-        written: Tensor = self.generators[name](features, labels, mask, codes)
+        written: Tensor = self.generators[name](features, support.labels, support.mask, support.codes)
         return written + self.base[name] if name in self.base else written
 
     def _local(self, name: str, z: Tensor, n_tasks: int) -> Tensor:
@@ -295,47 +284,40 @@ class HyperTransformer(nn.Module):
             slices = slices[..., :-2]
         return assemble(slices, self.target.kernel_shape(name), self.allocation), gamma, beta
 
-    def last_layer(
-        self, embeddings: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, n_ways: int,
-        previous: Tensor | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:  # fmt: skip
+    def last_layer(self, embeddings: Tensor, support: Support) -> dict[str, Tensor]:
         """The task's linear layer from the support's embeddings (B, S, D).
 
         Returns:
-            "logits.weight" (B, n, D) and "logits.bias" (B, n), -inf where a slot has no labelled sample; and what a transformer wrote.
+            "logits.weight" (B, n, D) and "logits.bias" (B, n), -inf where a slot has no labelled sample.
         """
-        means, counts = class_means(embeddings, labels, n_ways, mask)
+        means, counts = class_means(embeddings, support.labels, support.n_ways, support.mask)
         empty = counts == 0
-        weight = bias = held = None
+        parts = []
         if self.head != "generated":
-            weight, bias = prototype_layer(means, self.log_scale.exp())
+            parts.append(prototype_layer(means, self.log_scale.exp()))
         if self.head != "prototype":
             used = ~empty if empty.any() else None  # a task must not depend on how many slots its neighbours in the batch fill
-            held = self.write_head(embeddings, labels, shared, mask, codes, n_ways, previous, used)
-            weight = held[..., :-1] if weight is None else weight + held[..., :-1]
-            bias = held[..., -1] if bias is None else bias + held[..., -1]
-        assert weight is not None
-        assert bias is not None
-        return {"logits.weight": weight, "logits.bias": bias.masked_fill(empty, -torch.inf)}, held
+            held = self.write_head(embeddings, support, used=used)
+            parts.append((held[..., :-1], held[..., -1]))
+        weights, biases = zip(*parts, strict=True)
+        return {"logits.weight": sum(weights), "logits.bias": sum(biases).masked_fill(empty, -torch.inf)}
 
     def write_head(
-        self, embeddings: Tensor, labels: Tensor, shared: Tensor, mask: Tensor | None, codes: Tensor | None, n_ways: int,
-        previous: Tensor | None = None, used: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, embeddings: Tensor, support: Support, previous: Tensor | None = None, used: Tensor | None = None
+    ) -> Tensor:
         """The written part of the last layer: (B, n, D + 1), weight rows with their bias.
 
         Args:
             used: (B, n) bool, which slots other slots may read; None when all may be.
         """
-        maps = embeddings.unflatten(-1, (self.target.channels, self.target.sides[-1], self.target.sides[-1]))  # type: ignore[no-untyped-call]
-        local = self.local["logits"](maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        generator = self._generators_logits()
-        classes = generator.slice_codes[:n_ways].expand(len(embeddings), -1, -1) if codes is None else codes[:, :n_ways]
-        written: Tensor = generator(torch.cat([local, shared], -1), labels, mask, codes, previous, classes, used)
+        side, generator = self.target.sides[-1], self.generators["logits"]
+        codes: Tensor = generator.slice_codes if support.codes is None else support.codes  # type: ignore[assignment]
+        maps = embeddings.reshape(-1, self.target.channels, side, side)
+        local = self.local["logits"](maps).unflatten(0, embeddings.shape[:2])
+        classes = codes.expand(len(embeddings), -1, -1)[:, : support.n_ways]
+        features = torch.cat([local, support.shared], -1)
+        written: Tensor = generator(features, support.labels, support.mask, support.codes, previous, classes, used)
         return written
-
-    def _generators_logits(self) -> WeightGenerator:
-        return self.generators["logits"]  # type: ignore[return-value]
 
     def episode_variation(self, episode: Episode) -> dict[str, float]:
         """How far the written kernels move between tasks: name -> standard deviation over tasks / norm of the mean.
@@ -351,7 +333,3 @@ class HyperTransformer(nn.Module):
             found[name] = (deviation / kernels.mean(0).norm()).item()
         return found
 
-
-def support_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The recorded statistics among a task's tensors."""
-    return {name: value for name, value in tensors.items() if name.endswith((".mean", ".var"))}

@@ -56,7 +56,9 @@ class MetaTrainer:
             NonFiniteLoss: the loss is NaN or infinite; nothing was changed.
         """
         if not loss.isfinite():
-            raise NonFiniteLoss(f"the meta-training loss became {loss.item()} at step {self.step}; lower lr={self.lr}, or look at the data.")
+            raise NonFiniteLoss(
+                f"the meta-training loss became {loss.item()} at step {self.step}; lower lr={self.lr}, or look at the data."
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)

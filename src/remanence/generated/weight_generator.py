@@ -59,7 +59,7 @@ class WeightGenerator(nn.Module):
             self.label_codes[-1] = 0
             self.read_slice.weight.copy_(self.read_sample.weight[:, :code_width])
             for block in self.blocks:
-                block.keys_values.weight[:width] = block.queries.weight
+                block.begin_alike()  # type: ignore[operator]
             if by_class:
                 self.slice_codes.copy_(self.label_codes[:n_slices])
 
