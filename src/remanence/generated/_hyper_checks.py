@@ -64,12 +64,12 @@ def require_fit(target: TargetNet, dtype: torch.dtype, x: Tensor) -> None:
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse written weights that are NaN or infinite; the bias of a slot that is never the answer is -inf."""
-    for name, value in tensors.items():
-        is_broken = ~value.isfinite()
-        if name == "logits.bias":
-            is_broken = is_broken & ~value.isneginf()
-        if is_broken.any():
-            raise DataError(f"the weights written for {name} are not finite; look at the images' range, or go back to an earlier state.")
+    # one look at all of them costs a tenth of a look at each; -inf < inf holds, NaN < inf does not
+    others = torch.cat([value.flatten() for name, value in tensors.items() if name != "logits.bias"])
+    if bool(others.isfinite().all()) and bool((tensors["logits.bias"] < torch.inf).all()):
+        return
+    broken = [name for name, value in tensors.items() if not (value < torch.inf if name == "logits.bias" else value.isfinite()).all()]
+    raise DataError(f"the weights written for {broken[0]} are not finite; look at the images' range, or go back to an earlier state.")
 
 
 def has_lone_image(target: TargetNet, episode: Episode) -> bool:
