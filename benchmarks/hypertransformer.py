@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hypertransformer_cells import Bench, run_cell
-from hypertransformer_experiments import EXPERIMENTS, FULL, QUICK, Size, tuning_cells, tuned
+from hypertransformer_experiments import EXPERIMENTS
+from hypertransformer_sizes import FULL, QUICK, Size, tuned, tuning_cells
 
 from remanence.environment import environment
 from remanence.grid import one_thread
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write after every experiment; 0 when every gate holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, nothing judged")
-    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS), metavar="ID", help=", ".join(EXPERIMENTS))
+    names = list(EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ID", help=", ".join(names))
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/hypertransformer-benchmark"), help="where trained models are kept")
     parser.add_argument("--out", type=Path, help="where the figures go; with --quick nowhere by default")

@@ -69,15 +69,16 @@ class Bench:
         """Run what is missing: first the cells that others take their budget from."""
         wanted = {cell.key: cell for cell in cells}
         wanted |= {cell.budget.key: cell.budget for cell in list(wanted.values()) if cell.budget}
-        for wave in (False, True):
-            missing = [cell for cell in wanted.values() if (cell.budget is not None) == wave and not (self.folder / f"{cell.key}.json").exists()]
+        missing = [cell for cell in wanted.values() if not (self.folder / f"{cell.key}.json").exists()]
+        for wave in ([cell for cell in missing if cell.budget is None], [cell for cell in missing if cell.budget is not None]):
             with ProcessPoolExecutor(self.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                running = {
-                    pool.submit(run, cell, self.folder, self.result(cell.budget)["cpu_seconds"] if cell.budget else None): cell for cell in missing
-                }
+                running = {pool.submit(run, cell, self.folder, self._budget(cell)): cell for cell in wave}
                 for index, done in enumerate(as_completed(running), 1):
                     done.result()
-                    print(f"{index} of {len(missing)} cells: {running[done].key}", flush=True)
+                    print(f"{index} of {len(wave)} cells: {running[done].key}", flush=True)
+
+    def _budget(self, cell: Cell) -> float | None:
+        return None if cell.budget is None else float(self.result(cell.budget)["cpu_seconds"])
 
 
 def keep(cell: Cell, folder: Path, model: nn.Module, figures: Result) -> None:
@@ -91,7 +92,10 @@ def run_cell(cell: Cell, folder: Path, cpu_seconds: float | None) -> None:
     import hypertransformer_continual as continual
     import hypertransformer_few_shot as few_shot
 
-    kinds = {"few-shot": few_shot.few_shot, "semi": few_shot.semi_supervised, "stream": continual.stream, "minibatch": continual.minibatch, "head": continual.head_only}
+    kinds = {
+        "few-shot": few_shot.few_shot, "semi": few_shot.semi_supervised,
+        "stream": continual.stream, "minibatch": continual.minibatch, "head": continual.head_only,
+    }  # fmt: skip
     with one_thread():
         torch.set_flush_denormal(True)
         model, figures = kinds[cell.kind](cpu_seconds=cpu_seconds, **cell.settings)

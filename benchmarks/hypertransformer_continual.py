@@ -92,7 +92,7 @@ def matrices(model: nn.Module, tests: SequenceSampler, n_sequences: int = TEST_S
         found["class"].append(table(answers, sequence, within=False))
         found["task"].append(table(answers, sequence, within=True))
         if isinstance(model, ContinualHyperTransformer) and index == 0:
-            growth = [length_ratio(model, state.slices) for state in model.states(sequence)]
+            growth = [model.growth(state) for state in model.states(sequence)]
     return {name: torch.stack(each).mean(0).tolist() for name, each in found.items()} | {"growth": growth}
 
 
@@ -108,11 +108,6 @@ def table(answers: list[Tensor], sequence: tuple[Episode, ...], within: bool) ->
         hits = (logits.argmax(-1) == target).float()
         found[t, : t + 1] = hits.view(len(hits), t + 1, -1).mean((0, 2))
     return found
-
-
-def length_ratio(model: ContinualHyperTransformer, slices: dict[str, Tensor]) -> dict[str, float]:
-    """Length of a layer's slices over that of its learned start."""
-    return {name: (value.norm(dim=(1, 2)).mean() / model.base[name].norm()).item() for name, value in slices.items()}
 
 
 @torch.no_grad()
@@ -137,7 +132,8 @@ def minibatch(arm: str, seed: int, steps: int, lr: float, n_steps: int = 4, cpu_
     sampler = EpisodeSampler(background(), 5, n_steps, queries=8, tasks=4, quarter_turns=True, seed=seed)
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        return torch.stack([F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits, y in parts(model, sampler.sample(step), arm)]).mean()
+        answers = parts(model, sampler.sample(step), arm)
+        return torch.stack([F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits, y in answers]).mean()
 
     figures = train_model(model, loss, steps, lr, cpu_seconds)
     tests = EpisodeSampler(evaluation(), 5, n_steps, queries=15, tasks=TEST_BATCH, seed=TEST_SEED)
@@ -152,9 +148,9 @@ def parts(model: nn.Module, episode: Episode, arm: str) -> list[tuple[Tensor, Te
     """Logits of the queries after each mini-batch, with their slots."""
     assert isinstance(model, ContinualHyperTransformer)
     assert episode.query_y is not None
-    shots = episode.support_y.shape[1] // episode.n_max
-    each = [[shot + slot * shots for slot in range(episode.n_max)] for shot in range(shots)] if arm != "merged" else [list(range(episode.support_y.shape[1]))]
-    batches = [replace(episode, support_x=episode.support_x[:, rows], support_y=episode.support_y[:, rows]) for rows in each]
+    rows = torch.arange(episode.support_y.shape[1]).unflatten(0, (episode.n_max, -1))
+    each = [rows.flatten()] if arm == "merged" else list(rows.T)
+    batches = [replace(episode, support_x=episode.support_x[:, part], support_y=episode.support_y[:, part]) for part in each]
     return [(model.predict(state, episode.query_x), episode.query_y) for state in model.states(batches)]
 
 
@@ -206,7 +202,7 @@ def halves_loss(model: nn.Module, sequence: list[Episode], draw: torch.Generator
 
 @torch.no_grad()
 def remembered(model: nn.Module, episodes: int = TEST_SEQUENCES) -> dict[str, Any]:
-    """After both steps: accuracy on the classes of the first, of the second, and of the first after other classes' images had stood there."""
+    """Accuracy after both steps: on the classes of the first, of the second, and of the first where other classes' images had stood."""
     assert isinstance(model, ContinualHyperTransformer)
     tests = EpisodeSampler(evaluation(), 4, 1, queries=15, tasks=TEST_BATCH, seed=TEST_SEED)
     others = EpisodeSampler(evaluation(), 4, 1, queries=1, tasks=TEST_BATCH, seed=TEST_SEED + 1)

@@ -18,6 +18,7 @@ from hypertransformer_maml import MAML
 from torch import Tensor, nn
 
 from remanence.generated.episode import UNLABELED, Episode
+from remanence.generated.heads import class_means, squared_distances
 from remanence.generated.hypertransformer import HyperTransformer
 from remanence.generated.meta_trainer import MetaTrainer, episode_loss, warm_up_share
 from remanence.generated.sampling import EpisodeSampler
@@ -98,7 +99,8 @@ def train_model(
     recent = 0.0
     for step in range(steps):
         recent = 0.98 * recent + 0.02 * trainer.update(loss(model, step)).item()
-    return {"steps": steps, "cpu_seconds": time.process_time() - start, "loss": recent, "parameters": sum(p.numel() for p in model.parameters())}
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"steps": steps, "cpu_seconds": time.process_time() - start, "loss": recent, "parameters": n_parameters}
 
 
 def seconds_per_step(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], lr: float, n_steps: int = 40) -> float:
@@ -139,7 +141,8 @@ def semi_supervised(arm: str, seed: int, steps: int, lr: float, depth: int, cpu_
 
     def loss(model: nn.Module, step: int) -> Tensor:
         draw = generator(seed, "codes", step)
-        episode = thinned(sampler.sample(step), max(0.0, 2 * float(torch.rand((), generator=draw)) - 1), draw)  # half the steps show all
+        share = max(0.0, 2 * float(torch.rand((), generator=draw)) - 1)  # half of the steps show all
+        episode = thinned(sampler.sample(step), share, draw)
         written, by_means = model.answers(episode, draw)  # type: ignore[operator]
         return episode_loss(written, episode) + warm_up_share(step, steps) * episode_loss(by_means, episode)
 
@@ -175,12 +178,11 @@ def swapped_tasks(model: HyperTransformer, episodes: int = TEST_EPISODES) -> Res
         shifted = {name: value.roll(1, 0) for name, value in trunk.items()}
         own.append(_by_means(model, episode, trunk))
         other.append(_by_means(model, episode, shifted))
-    return {"own": torch.stack(own).mean().item(), "other": torch.stack(other).mean().item(), "variation": model.episode_variation(tests.sample(0))}
+    variation = model.episode_variation(tests.sample(0))
+    return {"own": torch.stack(own).mean().item(), "other": torch.stack(other).mean().item(), "variation": variation}
 
 
 def _by_means(model: HyperTransformer, episode: Episode, tensors: dict[str, Tensor]) -> Tensor:
-    from remanence.generated.heads import class_means, squared_distances
-
     support, queries = (model.target.embed(x, tensors) for x in (episode.support_x, episode.query_x))
     means, _ = class_means(support, episode.support_y, episode.n_max)
     return accuracy(-squared_distances(queries, means), episode).mean()

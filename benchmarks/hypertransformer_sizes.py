@@ -1,0 +1,91 @@
+"""What the experiments of the HyperTransformer share: sizes, learning rates chosen on held-out classes, and "A beats B".
+
+Every statement compares arms of equal seed, and so of equal training episodes, on the same test episodes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from continual_cases import Gate
+from hypertransformer_cells import Bench, Cell
+
+Judged = tuple[dict[str, Any], list[Gate]]
+TUNING_SEED = 100
+RATES = {
+    "ht": (1e-3, 2e-3, 4e-3, 8e-3), "proto": (1e-3, 2e-3, 4e-3, 8e-3), "maml": (5e-3, 1e-2, 2e-2), "maml-gentle": (5e-3, 1e-2, 2e-2),
+}  # fmt: skip
+"""Of every arm; the best lies inside, or the grid was widened."""
+
+
+class Size(NamedTuple):
+    """How large the benchmark is."""
+
+    seeds: tuple[int, ...]
+    few: tuple[int, ...]
+    steps: int
+    tuning_steps: int
+    stream_steps: int
+    judged: bool = True
+
+
+FULL = Size((0, 1, 2, 3, 4), (0, 1, 2), 1200, 300, 400)
+QUICK = Size((0,), (0,), 60, 20, 20, judged=False)
+
+
+class Experiment(NamedTuple):
+    about: str
+    cells: Callable[[Size, dict[str, float]], list[Cell]]
+    judge: Callable[[Bench, Size, dict[str, float]], Judged]
+
+
+# --- learning rates ----------------------------------------------------------------------------------------------------
+
+FEW_SHOT_ARMS = ("ht", "proto", "maml", "maml-gentle")
+
+
+def tuning_cells(size: Size) -> list[Cell]:
+    """Short runs on held-out background classes: three or four rates of each arm."""
+    return [_tuning(arm, lr, size) for arm in FEW_SHOT_ARMS for lr in RATES[arm]]
+
+
+def _tuning(arm: str, lr: float, size: Size) -> Cell:
+    return Cell("few-shot", {"arm": arm, "seed": TUNING_SEED, "steps": size.tuning_steps, "lr": lr, "tuning": True, "episodes": 200})
+
+
+def tuned(bench: Bench, size: Size) -> dict[str, float]:
+    """The best rate of every arm (transductive accuracy); of MAML also the better of two inner rates, under "maml arm" as 0 or 1."""
+    found = {}
+    score = {}
+    for arm in FEW_SHOT_ARMS:
+        scores = {lr: bench.result(_tuning(arm, lr, size))["accuracy"]["query"] for lr in RATES[arm]}
+        found[arm] = max(scores, key=lambda lr: scores[lr])
+        score[arm] = scores[found[arm]]
+    found["maml arm"] = float(score["maml-gentle"] > score["maml"])
+    return found
+
+
+def maml_arm(rates: dict[str, float]) -> str:
+    return FEW_SHOT_ARMS[2 + int(rates["maml arm"])]
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------------
+
+
+def lower_bound(differences: Sequence[float], n_resamples: int = 10_000) -> float:
+    """One-sided 95 % bootstrap bound of the mean over seeds."""
+    values = np.asarray(differences, dtype=np.float64)
+    draws = np.random.default_rng(0).integers(len(values), size=(n_resamples, len(values)))
+    return float(np.quantile(values[draws].mean(1), 0.05))
+
+
+def beats(row: str, criterion: str, differences: Sequence[float], least: float = 0.0, unit: str = "points") -> Gate:
+    """A gate: the lower bound of the mean difference lies above `least`."""
+    bound = lower_bound(differences)
+    each = ", ".join(f"{difference:+.2f}" for difference in differences)
+    seen = f"{np.mean(differences):+.2f} {unit}, lower bound {bound:+.2f} ({len(differences)} seeds: {each})"
+    return Gate(row, criterion, seen, bool(bound > least))
+
+
+def judged(size: Size, gates: list[Gate]) -> list[Gate]:
+    return gates if size.judged else []
