@@ -5,8 +5,10 @@ from remanence.generated.continual_learner import ContinualHyperTransformerLearn
 from remanence.generated.episode import UNLABELED, Episode
 from remanence.generated.files import load_hypertransformer, model_fingerprint, save_hypertransformer, shipped_hypertransformer
 from remanence.generated.hyper_learner import HyperTransformerLearner
+from remanence.generated.hypertransformer import HyperTransformer
 from remanence.generated.meta_training import MetaTrainedContinualHyperTransformer, MetaTrainedHyperTransformer
 from remanence.generated.sampling import EpisodeSampler, SequenceSampler, require_disjoint
+from remanence.generated.target import TargetNet
 from remanence.generated.task_weights import TaskWeights
 
 __all__ = [
@@ -16,10 +18,12 @@ __all__ = [
     "ContinualState",
     "Episode",
     "EpisodeSampler",
+    "HyperTransformer",
     "HyperTransformerLearner",
     "MetaTrainedContinualHyperTransformer",
     "MetaTrainedHyperTransformer",
     "SequenceSampler",
+    "TargetNet",
     "TaskWeights",
     "load_hypertransformer",
     "model_fingerprint",
