@@ -118,7 +118,7 @@ def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def _h6_cell(depth: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    return Cell("semi", {"arm": f"depth {depth}", "seed": seed, "steps": 2 * size.steps, "lr": 2e-3, "depth": depth})
+    return Cell("semi", {"arm": f"depth {depth}", "seed": seed, "steps": 2 * size.steps, "lr": rates["ht"], "depth": depth})
 
 
 def h6_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
