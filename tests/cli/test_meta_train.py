@@ -136,7 +136,7 @@ def test_an_early_stop_is_said(recipe, capsys, monkeypatch):
 
 def test_the_continual_form(recipe, cache):
     text = TINY.replace("HyperTransformer\n", "ContinualHyperTransformer\n").replace("tasks: 2", "n_tasks: 2\n    sequences: 2")
-    recipe.write_text(text.replace("ways: [2, 3]", "ways: 2"), encoding="utf-8")
+    recipe.write_text(text.replace("ways: [2, 3]", "ways: 3"), encoding="utf-8")
     assert call("meta-train", recipe) == 0
     assert json.loads((made(cache) / "hypertransformer.json").read_text())["class"] == "ContinualHyperTransformer"
 

@@ -244,6 +244,11 @@ def _episodes(sampler):
         yield from drawn if isinstance(drawn, tuple) else (drawn,)
 
 
+def test_a_few_classes_are_enough_for_a_task_to_validate_on(source):
+    assert len(plain(source, valid_share=0.01, ways=(2, 3)).validated_on.classes) == 3
+    assert len(continual(source, valid_share=0.01, n_tasks=(1, 2)).validated_on.classes) == 4
+
+
 def test_validation_episodes_are_not_those_of_training(make, source):
     artifact = make(source)
     model = artifact.make()
@@ -275,9 +280,10 @@ def test_a_range_is_a_setting_as_yaml_gives_it(source):
         ({"lr": 0.0}, r"lr=0\.0 must be above 0"),
         ({"valid_share": 0.0}, r"valid_share=0\.0 must lie between 0 and 1"),
         ({"valid_share": 1.0}, r"valid_share=1\.0 must lie between 0 and 1"),
-        ({"valid_share": 0.01}, r"valid_share=0\.01 of the 14 classes of 'lights' leaves none on one side"),
+        ({"valid_share": 0.99}, r"'lights' has 14 classes; valid_share=0\.99 and tasks of \d classes leave none to train on"),
+        ({"ways": 14, "max_ways": 14, "n_tasks": 1}, "tasks of 14 classes leave none to train on. Lower ways or n_tasks"),
         ({"ways": 4}, "ways=4 asks for up to 4 classes, max_ways=3; raise max_ways"),
-        ({"ways": 5, "max_ways": 5, "n_tasks": 1}, "5 different classes are needed, 'lights to validate on' has 4"),
+        ({"ways": 8, "max_ways": 8, "n_tasks": 1}, "8 different classes are needed, 'lights to train on' has 6"),
         ({"n_layers": 4}, "vanish after 4 halvings"),
     ],
 )

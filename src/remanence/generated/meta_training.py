@@ -44,14 +44,17 @@ class MetaTrained(Artifact):
 
     Args:
         source: its images are drawn from, train and test rows alike; square.
+        n_needed: classes of the largest task or sequence.
         steps, lr: of `MetaTrainer`.
-        valid_share: share of the classes that are only validated on, between 0 and 1.
+        valid_share: share of the classes that are only validated on, between 0 and 1; never fewer than a task or sequence needs.
         every: steps from one validation to the next; each leaves a checkpoint.
         patience: stop after so many validations in a row without a better one; 0 never stops.
         seed: key of initialisation, held-out classes and episodes.
     """
 
-    def __init__(self, source: Source, steps: int, lr: float, valid_share: float, every: int, patience: int, seed: int) -> None:
+    def __init__(
+        self, source: Source, n_needed: int, steps: int, lr: float, valid_share: float, every: int, patience: int, seed: int
+    ) -> None:  # fmt: skip
         if not 0 < valid_share < 1:
             raise SettingError(f"{type(self).__name__}: valid_share={valid_share} must lie between 0 and 1: both sides need classes.")
         for name, value, least in (("steps", steps, 1), ("every", every, 1), ("patience", patience, 0)):
@@ -61,7 +64,7 @@ class MetaTrained(Artifact):
             raise SettingError(f"{type(self).__name__}: lr={lr} must be above 0.")
         self.source, self.steps, self.lr, self.seed = source, steps, lr, seed
         self.valid_share, self.every, self.patience = valid_share, every, patience
-        self.trained_on, self.validated_on = _held_out_classes(source, valid_share, seed)
+        self.trained_on, self.validated_on = _held_out_classes(source, n_needed, valid_share, seed)
 
     # --- what a model is and how it learns ---------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class MetaTrainedHyperTransformer(MetaTrained):
         queries: int = 4, tasks: int = 8, unlabeled: int = 0, quarter_turns: bool = False, steps: int = 3000, lr: float = 2e-3,
         valid_share: float = 0.15, every: int = 200, patience: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(source, steps, lr, valid_share, every, patience, seed)
+        super().__init__(source, _most(ways), steps, lr, valid_share, every, patience, seed)
         self.channels, self.n_layers, self.norm, self.head = channels, n_layers, norm, head
         self.max_ways, self.label_codes, self.width, self.depth = max_ways, label_codes, width, depth
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
@@ -232,7 +235,7 @@ class MetaTrainedContinualHyperTransformer(MetaTrained):
         queries: int = 5, sequences: int = 6, quarter_turns: bool = False, steps: int = 1500, lr: float = 2e-3,
         valid_share: float = 0.15, every: int = 200, patience: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(source, steps, lr, valid_share, every, patience, seed)
+        super().__init__(source, _most(n_tasks) * ways, steps, lr, valid_share, every, patience, seed)
         self.channels, self.n_layers, self.max_ways, self.label_codes = channels, n_layers, max_ways, label_codes
         self.width, self.depth, self.scenario, self.update = width, depth, scenario, update
         self.n_tasks, self.ways, self.shots, self.queries = n_tasks, ways, shots, queries
@@ -262,13 +265,16 @@ class MetaTrainedContinualHyperTransformer(MetaTrained):
         return shares
 
 
-def _held_out_classes(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+def _held_out_classes(source: Source, n_needed: int, share: float, seed: int) -> tuple[Source, Source]:
     """The source of the classes that are trained on, and that of the others."""
     labels = torch.tensor(source.classes)
     order = labels[torch.randperm(len(labels), generator=generator(seed, "held-out classes"))]
-    n_held = round(share * len(labels))
-    if not 0 < n_held < len(labels):
-        raise SettingError(f"valid_share={share} of the {len(labels)} classes of '{source.name}' leaves none on one side.")
+    n_held = max(round(share * len(labels)), n_needed)
+    if n_held >= len(labels):
+        raise SettingError(
+            f"'{source.name}' has {len(labels)} classes; valid_share={share} and tasks of {n_needed} classes leave none to train on. "
+            f"Lower ways or n_tasks, or give more classes."
+        )
     is_held = torch.isin(source.labels, order[:n_held])
     trained, held = source.select(~is_held), source.select(is_held)
     return replace(trained, name=f"{source.name} to train on"), replace(held, name=f"{source.name} to validate on")
@@ -282,9 +288,12 @@ def _target(source: Source, channels: int, n_layers: int, norm: Norm) -> TargetN
 
 
 def _require_ways(max_ways: int, ways: Range) -> None:
-    most = ways if isinstance(ways, int) else max(ways)
-    if most > max_ways:
-        raise SettingError(f"ways={ways} asks for up to {most} classes, max_ways={max_ways}; raise max_ways.")
+    if _most(ways) > max_ways:
+        raise SettingError(f"ways={ways} asks for up to {_most(ways)} classes, max_ways={max_ways}; raise max_ways.")
+
+
+def _most(bounds: Range) -> int:
+    return bounds if isinstance(bounds, int) else max(bounds)
 
 
 def _n_images(episode: Episode) -> int:
