@@ -26,6 +26,8 @@ from remanence.generated.target import TargetNet
 from remanence.keys import generator, keyed_rng
 from remanence.streams import Source, omniglot
 
+CNN_RATE = 1.6e-2
+"""The best of ProtoNet's rates on held-out background classes."""
 TEST_SEED, TEST_TASKS, TEST_EPISODES = 12345, 50, 600
 HEAD = "prototype"
 """Of the HyperTransformer in H1, H2, H5 and H7: the class means under the written trunk."""
@@ -95,7 +97,7 @@ def train_model(
     """Train for so many steps, or for as many as the CPU seconds hold; says what it took."""
     if cpu_seconds is not None:
         steps = max(50, int(cpu_seconds / seconds_per_step(model, loss, lr)))
-    trainer, start = MetaTrainer(model.parameters(), steps, lr), time.process_time()
+    trainer, start = trainer_of(model, steps, lr), time.process_time()
     recent = 0.0
     for step in range(steps):
         recent = 0.98 * recent + 0.02 * trainer.update(loss(model, step)).item()
@@ -103,10 +105,16 @@ def train_model(
     return {"steps": steps, "cpu_seconds": time.process_time() - start, "loss": recent, "parameters": n_parameters}
 
 
+def trainer_of(model: nn.Module, steps: int, lr: float) -> MetaTrainer:
+    """One schedule for all; what stands in a HyperTransformer's small CNN takes the rate that ProtoNet's CNN learns best at."""
+    fast = model.cnn_parameters() if isinstance(model, HyperTransformer) else ()
+    return MetaTrainer(model.parameters(), steps, lr, fast, CNN_RATE)
+
+
 def seconds_per_step(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], lr: float, n_steps: int = 40) -> float:
     """CPU seconds of a step, from a few that leave no trace."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = MetaTrainer(model.parameters(), n_steps, lr)
+    trainer = trainer_of(model, n_steps, lr)
     for step in range(5):
         trainer.update(loss(model, step))
     start = time.process_time()

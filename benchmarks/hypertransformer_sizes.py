@@ -13,7 +13,7 @@ from hypertransformer_cells import Bench, Cell
 Judged = tuple[dict[str, Any], list[Gate]]
 TUNING_SEED = 100
 RATES = {
-    "ht": (5e-4, 1e-3, 2e-3, 4e-3), "proto": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "ht": (2.5e-4, 5e-4, 1e-3, 2e-3), "proto": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "maml": (1e-2, 2e-2, 4e-2, 8e-2), "maml-gentle": (1e-2, 2e-2, 4e-2, 8e-2),
 }  # fmt: skip
 """Of every arm, widened until the best lay inside."""

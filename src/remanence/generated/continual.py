@@ -72,6 +72,7 @@ class ContinualHyperTransformer(HyperTransformer):
     """
 
     reads_previous = True
+    written_share = 0.1  # at the start a task leaves nearly all as it was
 
     def __init__(
         self, target: TargetNet, scenario: Scenario = "class", update: Update = "add", carry: bool = True, renorm: bool = False,
@@ -183,7 +184,8 @@ class ContinualHyperTransformer(HyperTransformer):
     def update(self, name: str, features: Tensor, support: Support, previous: Tensor | None) -> Tensor:
         if previous is None:
             previous = self.base[name].expand(len(features), -1, -1)
-        return self._join(name, previous, self.generators[name](features, support.labels, support.mask, support.codes, previous))
+        written = self.generators[name](features, support.labels, support.mask, support.codes, previous)
+        return self._join(name, previous, self.lengths(name) * written)
 
     def _join(self, name: str, previous: Tensor, written: Tensor) -> Tensor:
         if self.update_form == "add":

@@ -35,6 +35,8 @@ from remanence.generated.weight_generator import Allocation, PaperWeightGenerato
 Head = Literal["proto+delta", "prototype", "generated"]
 Slices = dict[str, Tensor]
 """What the generated layers hold: name -> (B, T, b)."""
+WRITTEN_SHARE = 1.0
+"""Length of what is written to a slice over that of its base, at the start. Nearly all of it is the same for every task then."""
 _IMAGES_AT_ONCE = 1024
 """Support images of one pass without gradients: beyond it the activations leave the cache, and a loop would be faster."""
 
@@ -94,6 +96,8 @@ class HyperTransformer(nn.Module):
     # --- construction ------------------------------------------------------------------------------------------
 
     reads_previous = False
+    written_share = 3.0
+    """Length of what is written to a slice over that of its base, at the start; nearly all of it is the same for every task then."""
     _has_warned = False
 
     def _make_block(self, name: str, side: int) -> None:
@@ -108,8 +112,7 @@ class HyperTransformer(nn.Module):
         start = cut(kernel, self.allocation)
         if self.generate_norm:
             size, start = size + 2, torch.cat([start, start.new_zeros(n_slices, 2)], 1)
-        fan_in = target.in_width(name) * kernel.shape[2] ** 2
-        self.generators[name] = self._generator(n_slices, size, self.local[name].width, 0.1 / math.sqrt(fan_in))  # type: ignore[arg-type]
+        self.generators[name] = self._generator(n_slices, size, self.local[name].width, WRITTEN_SHARE / math.sqrt(size))  # type: ignore[arg-type]
         if self.preset is None:
             self.base[name] = nn.Parameter(start)
 
@@ -132,6 +135,14 @@ class HyperTransformer(nn.Module):
         return WeightGenerator(
             n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous, by_class
         )
+
+    def cnn_parameters(self) -> list[nn.Parameter]:
+        """The trained numbers that stand in the small CNN as they are: bases, shared kernels, gamma, beta and the scale.
+
+        They want a rate about ten times that of the transformers; at one rate for all, either the base learns too slowly or the
+        transformers do not settle (see `MetaTrainer`).
+        """
+        return [*self.base.values(), *self.kernels.values(), *self.gamma.values(), *self.beta.values(), self.log_scale]
 
     # --- the one pass ------------------------------------------------------------------------------------------
 
@@ -271,7 +282,18 @@ class HyperTransformer(nn.Module):
     def update(self, name: str, features: Tensor, support: Support, previous: Tensor | None) -> Tensor:
         """What a layer's slices hold after this support set: (B, T, b)."""
         written: Tensor = self.generators[name](features, support.labels, support.mask, support.codes)
-        return written + self.base[name] if name in self.base else written
+        if name in self.base:
+            written = self.base[name] + self.lengths(name) * written
+        return written
+
+    def lengths(self, name: str) -> Tensor:
+        """(T, 1) lengths of a base's slices, in units of which a transformer writes.
+
+        Behind a norm the base's length means nothing and grows with training; written in its units, what depends on the task keeps its
+        share.
+        """
+        lengths: Tensor = self.base[name].norm(dim=-1, keepdim=True)
+        return lengths
 
     def _local(self, name: str, z: Tensor, n_tasks: int) -> Tensor:
         """(S, B*C, H, W) -> (B, S, width): features that the layer's transformer reads of its activations."""

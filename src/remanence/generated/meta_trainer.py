@@ -28,6 +28,8 @@ class MetaTrainer:
         parameters: what is trained.
         n_steps: length of the schedule.
         lr: peak rate.
+        fast: those of them that take `fast_lr`: see `HyperTransformer.cnn_parameters`.
+        fast_lr: peak rate of these; a ProtoNet of the same small CNN learns best at it.
 
     Attributes:
         step: how many steps are done.
@@ -38,16 +40,22 @@ class MetaTrainer:
     Source: ours; the paper takes four million steps of plain SGD on one task each.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], n_steps: int, lr: float = 2e-3) -> None:
-        if n_steps < 1 or lr <= 0:
-            raise SettingError(f"MetaTrainer: n_steps={n_steps} and lr={lr} must be above 0.")
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], n_steps: int, lr: float = 2e-3, fast: Iterable[nn.Parameter] = (), fast_lr: float = 1.6e-2
+    ) -> None:
+        if n_steps < 1 or lr <= 0 or fast_lr <= 0:
+            raise SettingError(f"MetaTrainer: n_steps={n_steps}, lr={lr} and fast_lr={fast_lr} must be above 0.")
         self.parameters, self.n_steps, self.lr, self.step = list(parameters), n_steps, lr, 0
-        self._optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        chosen = list(fast)
+        is_fast = {id(parameter) for parameter in chosen}
+        slow = [parameter for parameter in self.parameters if id(parameter) not in is_fast]
+        groups = [{"params": params, "peak": peak} for params, peak in ((slow, lr), (chosen, fast_lr)) if params]
+        self._optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def share(self, step: int) -> float:
+        """Part of the peak rates at a step, counted from 0."""
         warm = min(1.0, (step + 1) / WARM_UP)
-        return self.lr * warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.n_steps)))
+        return warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.n_steps)))
 
     def update(self, loss: Tensor) -> Tensor:
         """Take one step down a loss; returns the loss, detached.
@@ -60,7 +68,7 @@ class MetaTrainer:
                 f"the meta-training loss became {loss.item()} at step {self.step}; lower lr={self.lr}, or look at the data."
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+            group["lr"] = group["peak"] * self.share(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, CLIP)

@@ -99,7 +99,7 @@ class MetaTrained(Artifact):
 
     def build(self, folder: Path) -> Iterator[Progress]:
         model = self.make()
-        trainer = MetaTrainer(model.parameters(), self.steps, self.lr)
+        trainer = MetaTrainer(model.parameters(), self.steps, self.lr, model.cnn_parameters())
         curve: list[dict[str, float]] = []
         best = copy_state(dict(model.state_dict()))
         if (folder / _CHECKPOINT).exists():
@@ -172,7 +172,7 @@ class MetaTrainedHyperTransformer(MetaTrained):
     def __init__(
         self, source: Source, channels: int = 8, n_layers: int = 4, norm: Norm = "group", head: Head = "proto+delta", max_ways: int = 20,
         label_codes: Literal["learned", "random"] = "random", width: int = 48, depth: int = 2, ways: Range = (2, 10), shots: Range = (1, 5),
-        queries: int = 4, tasks: int = 8, unlabeled: int = 0, quarter_turns: bool = False, steps: int = 3000, lr: float = 2e-3,
+        queries: int = 4, tasks: int = 8, unlabeled: int = 0, quarter_turns: bool = False, steps: int = 3000, lr: float = 5e-4,
         valid_share: float = 0.15, every: int = 200, patience: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(source, _most(ways), steps, lr, valid_share, every, patience, seed)
@@ -232,7 +232,7 @@ class MetaTrainedContinualHyperTransformer(MetaTrained):
         self, source: Source, channels: int = 8, n_layers: int = 4, max_ways: int = 20,
         label_codes: Literal["learned", "random"] = "learned", width: int = 48, depth: int = 2,
         scenario: Literal["class", "task"] = "class", update: Update = "add", n_tasks: Range = 3, ways: int = 5, shots: int = 1,
-        queries: int = 5, sequences: int = 6, quarter_turns: bool = False, steps: int = 1500, lr: float = 2e-3,
+        queries: int = 5, sequences: int = 6, quarter_turns: bool = False, steps: int = 1500, lr: float = 1e-3,
         valid_share: float = 0.15, every: int = 200, patience: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(source, _most(n_tasks) * ways, steps, lr, valid_share, every, patience, seed)
