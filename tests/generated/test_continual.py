@@ -21,7 +21,7 @@ def model_of(norm: str = "group", **settings: object) -> ContinualHyperTransform
         target = TargetNet(channels=4, image_size=8, n_layers=2, norm=norm)
         made = ContinualHyperTransformer(target, max_ways=4, width=16, depth=1, code_width=8, shared_features=8, **settings)
         for layer in made.generators.values():  # so that what is written matters
-            layer.write.weight.data.mul_(1.5)
+            layer.write.weight.data.mul_(0.7)
     return made.eval()
 
 
