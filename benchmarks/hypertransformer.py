@@ -6,7 +6,7 @@
 
 Data: Omniglot, 28 x 28, official background split to train on (four turns of every class), evaluation split untouched to test on,
 found through REMANENCE_DATA. Every trained model is kept in --runs as soon as it is done, so that the same command resumes. Learning
-rates are chosen for every arm on background classes that are held out, by a seed that is used nowhere else. "A beats B": the one-sided
+rates are chosen for every arm on background alphabets that are held out, by a seed that is used nowhere else. "A beats B": the one-sided
 95 % bootstrap bound, over seeds, of the mean paired difference lies above 0. Exit code 1 when a gate fails; --quick writes only where
 --out says.
 """

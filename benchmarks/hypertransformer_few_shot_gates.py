@@ -9,13 +9,13 @@ from continual_cases import Gate
 from hypertransformer_baselines import accuracy, pixel_nearest_neighbour
 from hypertransformer_cells import Bench, Cell
 from hypertransformer_few_shot import TEST_EPISODES, TEST_SEED, TEST_TASKS, evaluation, make, swapped_tasks
-from hypertransformer_sizes import Judged, Size, beats, judged, maml_arm
+from hypertransformer_sizes import Judged, Size, beats, judged
 
 from remanence.generated.sampling import EpisodeSampler
 
 
 def _few(arm: str, seed: int, size: Size, rates: dict[str, float], budget: Cell | None = None, **more: Any) -> Cell:
-    rate = rates["proto" if arm == "proto" else arm if arm.startswith("maml") else "ht"]
+    rate = rates[arm if arm in rates else "ht"]
     return Cell("few-shot", {"arm": arm, "seed": seed, "steps": size.steps, "lr": rate} | more, budget)
 
 
@@ -97,7 +97,7 @@ def h3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def _h5_rivals(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [_few(maml_arm(rates), seed, size, rates, budget=_few("ht", seed, size, rates)) for seed in size.seeds]
+    return [_few("maml", seed, size, rates, budget=_few("ht", seed, size, rates)) for seed in size.seeds]
 
 
 def h5_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
@@ -112,13 +112,13 @@ def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
         gates.append(beats("H5", f"{word}, equal CPU - rival: MAML", differences))
     figures = {"HyperTransformer": _row(bench, ours), "MAML": _row(bench, rival)}
     model = bench.fill(make("ht", 8, 5), ours[0])
-    maml = bench.fill(make(maml_arm(rates), 8, 5), rival[0])
+    maml = bench.fill(make("maml", 8, 5), rival[0])
     timed, timed_gates = speed.adaptation(model, maml)
     return figures | {"adaptation": timed}, judged(size, [*gates, *timed_gates])
 
 
 def _h6_cell(depth: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    return Cell("semi", {"arm": f"depth {depth}", "seed": seed, "steps": 2 * size.steps, "lr": rates["ht"], "depth": depth})
+    return Cell("semi", {"arm": f"depth {depth}", "seed": seed, "steps": size.steps + size.steps // 2, "lr": rates["ht"], "depth": depth})
 
 
 def h6_cells(size: Size, rates: dict[str, float]) -> list[Cell]:

@@ -35,8 +35,6 @@ from remanence.generated.weight_generator import Allocation, PaperWeightGenerato
 Head = Literal["proto+delta", "prototype", "generated"]
 Slices = dict[str, Tensor]
 """What the generated layers hold: name -> (B, T, b)."""
-WRITTEN_SHARE = 1.0
-"""Length of what is written to a slice over that of its base, at the start. Nearly all of it is the same for every task then."""
 _IMAGES_AT_ONCE = 1024
 """Support images of one pass without gradients: beyond it the activations leave the cache, and a loop would be faster."""
 
@@ -96,7 +94,7 @@ class HyperTransformer(nn.Module):
     # --- construction ------------------------------------------------------------------------------------------
 
     reads_previous = False
-    written_share = 3.0
+    written_share = 1.0
     """Length of what is written to a slice over that of its base, at the start; nearly all of it is the same for every task then."""
     _has_warned = False
 
@@ -112,7 +110,7 @@ class HyperTransformer(nn.Module):
         start = cut(kernel, self.allocation)
         if self.generate_norm:
             size, start = size + 2, torch.cat([start, start.new_zeros(n_slices, 2)], 1)
-        self.generators[name] = self._generator(n_slices, size, self.local[name].width, WRITTEN_SHARE / math.sqrt(size))  # type: ignore[arg-type]
+        self.generators[name] = self._generator(n_slices, size, self.local[name].width, self.written_share / math.sqrt(size))  # type: ignore[arg-type]
         if self.preset is None:
             self.base[name] = nn.Parameter(start)
 
