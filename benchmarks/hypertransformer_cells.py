@@ -94,7 +94,7 @@ def run_cell(cell: Cell, folder: Path, cpu_seconds: float | None) -> None:
 
     kinds = {
         "few-shot": few_shot.few_shot, "semi": few_shot.semi_supervised,
-        "stream": continual.stream, "minibatch": continual.minibatch, "head": continual.head_only,
+        "stream": continual.stream, "merged": continual.merged, "minibatch": continual.minibatch, "head": continual.head_only,
     }  # fmt: skip
     with one_thread():
         torch.set_flush_denormal(True)

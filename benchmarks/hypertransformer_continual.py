@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypertransformer_baselines import ConstPN
+from hypertransformer_baselines import ConstPN, multi_ht_task_accuracy
 from hypertransformer_cells import Result
 from hypertransformer_few_shot import background, evaluation, fresh, train_model
+from hypertransformer_finetuning import fine_tuned_stream
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from remanence.keys import generator
 from remanence.streams import Source, digits, fashion_mnist, turned
 
 TEST_SEED, TEST_SEQUENCES, TEST_BATCH = 54321, 200, 20
-TRAIN_TASKS = 3
+TRAIN_TASKS, TEST_TASKS = 3, 10
 
 
 @cache
@@ -63,7 +64,7 @@ def make(arm: str) -> nn.Module:
 
 def stream(
     arm: str, seed: int, steps: int, lr: float, n_tasks: tuple[int, int] = (TRAIN_TASKS, TRAIN_TASKS), multi: bool = False,
-    test_tasks: int = 10, cpu_seconds: float | None = None,
+    test_tasks: int = TEST_TASKS, cpu_seconds: float | None = None,
 ) -> tuple[nn.Module, Result]:  # fmt: skip
     """Train an arm on sequences of tasks; measure A[t, task], class- and task-incremental, and the drop of an oracle's."""
     sources = domains(test=False) if multi else (background(),)
@@ -121,6 +122,62 @@ def orders(model: nn.Module, n_orders: int = 5, n_tasks: int = 5, n_sequences: i
         shuffled = tuple(sequence[place] for place in places)
         found.append(table(model.unroll(shuffled), shuffled, within=False)[-1].mean().item())  # type: ignore[operator]
     return found
+
+
+def merged(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+    """MergedHT: all supports of a sequence at once, which breaks the protocol; the bound that remembering could reach."""
+    model = fresh(lambda: ContinualHyperTransformer(target(), max_ways=5 * TRAIN_TASKS), seed)
+    settings = {"n_tasks": TRAIN_TASKS, "ways": 5, "shots": 1}
+    sampler = SequenceSampler(background(), **settings, queries=8, sequences=6, quarter_turns=True, seed=seed)
+
+    def answered(model: nn.Module, sequence: tuple[Episode, ...]) -> tuple[Tensor, Tensor]:
+        episode = united(sequence)
+        assert episode.query_y is not None
+        return model.unroll([episode])[0], episode.query_y  # type: ignore[operator]
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        logits, y = answered(model, sampler.sample(step))
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    tests = SequenceSampler(evaluation(), n_tasks=TEST_TASKS, queries=10, sequences=TEST_BATCH, seed=TEST_SEED)
+    with torch.no_grad():
+        found = [answered(model, tests.sample(index)[:TRAIN_TASKS]) for index in range(TEST_SEQUENCES // TEST_BATCH)]
+    return model, figures | {"final": torch.stack([(logits.argmax(-1) == y).float().mean() for logits, y in found]).mean().item()}
+
+
+def united(sequence: tuple[Episode, ...]) -> Episode:
+    """A sequence as one task of all its classes, those of later tasks behind."""
+    n, first = sequence[0].n_max, sequence[0]
+    return Episode(
+        torch.cat([episode.support_x for episode in sequence], 1),
+        torch.cat([episode.support_y + n * index for index, episode in enumerate(sequence)], 1),
+        torch.cat([episode.query_x for episode in sequence], 1),
+        torch.cat([episode.query_y + n * index for index, episode in enumerate(sequence) if episode.query_y is not None], 1),
+        ways=torch.full((len(first),), n * len(sequence)),
+    )
+
+
+@torch.no_grad()
+def kept_apart(model: nn.Module) -> list[float]:
+    """MultiHT: weights of every task kept for ever, each asked among its own classes; accuracy of each task."""
+    assert isinstance(model, ContinualHyperTransformer)
+    tests = SequenceSampler(evaluation(), n_tasks=TEST_TASKS, queries=10, sequences=TEST_BATCH, seed=TEST_SEED)
+    found = [multi_ht_task_accuracy(model, tests.sample(index)[:5]).mean(0) for index in range(TEST_SEQUENCES // TEST_BATCH)]
+    return torch.stack(found).mean(0).tolist()
+
+
+def fine_tuned(model: nn.Module, replay: bool, n_tasks: int = TRAIN_TASKS) -> dict[str, float]:
+    """Fine-tuning from the constant embedding along a stream, the best of three rates; final accuracy, class- and task-incremental."""
+    assert isinstance(model, ConstPN)
+    sequence = SequenceSampler(evaluation(), n_tasks=TEST_TASKS, queries=10, sequences=TEST_BATCH, seed=TEST_SEED).sample(0)[:n_tasks]
+    found = []
+    for lr in (1e-3, 3e-3, 1e-2):
+        start = model.start(TEST_BATCH, 5 * n_tasks)
+        tables = fine_tuned_stream(sequence, model.target, start, lr, steps=25, replay=replay)
+        found.append((tables.class_incremental[:, -1].mean().item(), tables.task_incremental[:, -1].mean().item()))
+    best = max(found)
+    return {"class-incremental": round(100 * best[0], 2), "task-incremental": round(100 * best[1], 2)}
 
 
 # --- mini-batches of one task: C5 --------------------------------------------------------------------------------------
@@ -219,5 +276,3 @@ def remembered(model: nn.Module, episodes: int = TEST_SEQUENCES) -> dict[str, An
     first_kept, second_known, control = torch.tensor(found).mean(0).tolist()
     return {"first": first_kept, "second": second_known, "control": control}
 
-
-__all__ = ["head_only", "matrices", "minibatch", "orders", "stream"]

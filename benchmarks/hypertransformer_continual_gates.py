@@ -7,8 +7,8 @@ import hypertransformer_speed as speed
 import numpy as np
 from continual_cases import Gate
 from hypertransformer_cells import Bench, Cell
+from hypertransformer_continual import fine_tuned, kept_apart, orders
 from hypertransformer_continual import make as make_stream
-from hypertransformer_continual import orders
 from hypertransformer_sizes import Judged, Size, beats, judged
 
 
@@ -52,6 +52,16 @@ def c2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     return figures, judged(size, gates)
 
 
+def c3_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
+    merged = [_merged(seed, size, rates) for seed in size.few]
+    return [*stream_cells(("constpn", "nocarry"))(size, rates), *merged]
+
+
+def _merged(seed: int, size: Size, rates: dict[str, float]) -> Cell:
+    settings = {"arm": "merged", "seed": seed, "steps": size.stream_steps, "lr": rates["ht"]}
+    return Cell("merged", settings, _stream("cht", seed, size, rates))
+
+
 def c3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     cells = _streams(size, rates, ("constpn", "nocarry"), size.seeds)
     figures = {
@@ -62,6 +72,14 @@ def c3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     difference = _final(bench, cells["cht"], 3) - _final(bench, cells["constpn"], 3)
     figures["CHT - NoCarry (C4a, reported)"] = {
         f"T={t}": (_final(bench, cells["cht"], t) - _final(bench, cells["nocarry"], t)).round(2).tolist() for t in (3, 5)
+    }
+    figures["MergedHT, T=3"] = [round(100 * bench.result(_merged(seed, size, rates))["final"], 2) for seed in size.few]
+    figures["MultiHT, each of five tasks among its own classes"] = [
+        round(100 * value, 2) for value in kept_apart(bench.fill(make_stream("nocarry"), cells["nocarry"][0]))
+    ]
+    embedding = bench.fill(make_stream("constpn"), cells["constpn"][0])
+    figures["fine-tuning from the constant embedding, T=3"] = {
+        word: fine_tuned(embedding, replay) for word, replay in (("alone", False), ("with replay of all supports", True))
     }
     return figures, judged(size, [beats("C3", "class-incremental, T=3, equal CPU - rival: ConstPN", difference.tolist())])
 

@@ -8,7 +8,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "H1": Experiment("5-way 1-shot, 8 channels, equal steps", few.h1_cells, few.h1),
     "C1": Experiment("memory in the weights alone", later.c1_cells, later.c1),
     "C2": Experiment("no forgetting, task-incremental", later.stream_cells(()), later.c2),
-    "C3": Experiment("class-incremental, against a constant embedding; C4a", later.stream_cells(("constpn", "nocarry")), later.c3),
+    "C3": Experiment("class-incremental, against a constant embedding; C4a", later.c3_cells, later.c3),
     "H3": Experiment("all layers against logits only, by channels", few.h3_cells, few.h3),
     "H2": Experiment("5-way 1-shot, 8 channels, equal CPU time", few.h2_cells, few.h2),
     "H5": Experiment("against MAML, five second-order steps, equal CPU; adaptation", few.h5_cells, few.h5),
