@@ -7,28 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_continual import model_of, support
 
 from remanence.errors import DataError, SettingError
 from remanence.generated import Episode, SequenceSampler
 from remanence.generated.continual import ContinualHyperTransformer, accuracy_table, continual_loss, continual_targets
 from remanence.generated.continual_measures import forgetting_beyond_oracle, oracle_drop, prototype_drift, sequence_measures
-from remanence.generated.target import TargetNet
-from remanence.keys import generator, keyed_rng
+from remanence.keys import generator
 from remanence.streams import digits
-
-
-def small(norm: str = "group", **settings: object) -> ContinualHyperTransformer:
-    with keyed_rng("continual model"):
-        target = TargetNet(channels=4, image_size=8, n_layers=2, norm=norm)
-        made = ContinualHyperTransformer(target, max_ways=4, width=16, depth=1, code_width=8, shared_features=8, **settings)
-        for layer in made.generators.values():  # so that what is written matters
-            layer.write.weight.data.mul_(3)
-    return made.eval()
-
-
-def support(step: int, n: int = 2, shots: int = 2, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.rand(batch, n * shots, 1, 8, 8, generator=generator("support", step))
-    return x, torch.arange(n).repeat_interleave(shots).expand(batch, -1)
 
 
 def episode(step: int, n: int = 2, shots: int = 1, queries: int = 3, batch: int = 2, **more: object) -> Episode:
@@ -47,7 +33,7 @@ def _episode(seed: int, ids: list[list[int]] | None, queries: int = 1) -> Episod
 @pytest.mark.parametrize("scenario", ["class", "task", "minibatch"])
 @pytest.mark.parametrize("head", ["prototype", "generated"])
 def test_unrolling_is_stepping(scenario, head):
-    model = small(scenario=scenario, head=head)
+    model = model_of(scenario=scenario, head=head)
     sequence = [episode(step) for step in range(3)]
     answers, state = model.unroll(sequence), model.init_state(2)
     for t, task in enumerate(sequence):
@@ -58,7 +44,7 @@ def test_unrolling_is_stepping(scenario, head):
 
 
 def test_tasks_of_a_sequence_may_ask_different_numbers_of_queries():
-    model = small(scenario="task")
+    model = model_of(scenario="task")
     answers = model.unroll([episode(0, queries=2), episode(1, queries=5)])
     own = answers[1].isneginf()
     assert own[:, :4].all(1).tolist() == [[False, False, True, True]] * 2
@@ -75,12 +61,12 @@ def _gradient_of_first_support(model: ContinualHyperTransformer) -> torch.Tensor
 
 
 def test_the_last_loss_reaches_the_first_support_through_the_weights():
-    assert (_gradient_of_first_support(small(scenario="task")).flatten(2).norm(dim=2) > 0).all()
-    assert not _gradient_of_first_support(small(scenario="task", carry=False)).any()
+    assert (_gradient_of_first_support(model_of(scenario="task")).flatten(2).norm(dim=2) > 0).all()
+    assert not _gradient_of_first_support(model_of(scenario="task", carry=False)).any()
 
 
 def test_a_batch_of_sequences_is_the_sequences_one_by_one():
-    model = small()
+    model = model_of()
     sequence = [episode(step, batch=3) for step in range(3)]
     together = model.unroll(sequence)
     for row in range(3):
@@ -90,7 +76,7 @@ def test_a_batch_of_sequences_is_the_sequences_one_by_one():
 
 
 def test_a_class_that_comes_again_keeps_its_column():
-    model, ids = small(), ([[1, 2], [1, 2]], [[3, 4], [2, 5]], [[1, 3], [5, 2]])
+    model, ids = model_of(), ([[1, 2], [1, 2]], [[3, 4], [2, 5]], [[1, 3], [5, 2]])
     sequence = [episode(step, class_ids=torch.tensor(numbers)) for step, numbers in enumerate(ids)]
     states = model.states(sequence)
     assert states[1].counts.tolist() == [[1, 1, 1, 1], [1, 2, 0, 1]]
@@ -99,7 +85,7 @@ def test_a_class_that_comes_again_keeps_its_column():
 
 
 def test_unrolling_needs_tasks_that_fit():
-    model = small()
+    model = model_of()
     with pytest.raises(DataError, match="the sequence holds no task; give at least one episode"):
         model.unroll([])
     with pytest.raises(DataError, match="the state holds 2 sequences, the images are of 3"):
@@ -176,7 +162,7 @@ def test_targets_need_answers():
 @settings(max_examples=12, deadline=None)
 def test_every_target_of_a_sampled_sequence_is_a_class_that_its_sequence_holds(repeat_prob, step):
     sequence = SequenceSampler(digits(), n_tasks=3, ways=3, queries=2, sequences=2, repeat_prob=repeat_prob).sample(step)
-    logits = small().unroll(sequence)
+    logits = model_of().unroll(sequence)
     targets = continual_targets(sequence)
     for answer, target in zip(logits, targets, strict=True):
         assert answer.gather(2, target[..., None]).isfinite().all()
@@ -237,7 +223,7 @@ def test_tables_must_be_square_and_alike():
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
 def test_drift_is_the_distance_from_the_means_laid_down(scenario):
-    model = small(scenario=scenario)
+    model = model_of(scenario=scenario)
     sequence = [_episode(step, None) for step in range(3)]
     state = model.states(sequence)[-1]
     drift = prototype_drift(model, state, sequence)
@@ -249,7 +235,7 @@ def test_drift_is_the_distance_from_the_means_laid_down(scenario):
 
 
 def test_drift_of_a_class_that_came_again_is_from_its_merged_mean():
-    model = small()
+    model = model_of()
     sequence = [_episode(0, [[1, 2]] * 2), _episode(1, [[2, 3]] * 2)]
     state = model.states(sequence)[-1]
     drift = prototype_drift(model, state, sequence)
@@ -258,13 +244,13 @@ def test_drift_of_a_class_that_came_again_is_from_its_merged_mean():
 
 
 def test_drift_in_task_incremental_is_from_the_means_of_the_task_itself():
-    model = small(scenario="task")
+    model = model_of(scenario="task")
     sequence = [_episode(step, [[1, 2]] * 2) for step in range(2)]
     assert torch.allclose(prototype_drift(model, model.states(sequence)[-1], sequence)[:, 1], torch.zeros(2), atol=1e-5)
 
 
 def test_drift_counts_the_classes_that_a_sequence_has():
-    model, x = small(), support(0, n=2, batch=2)[0]
+    model, x = model_of(), support(0, n=2, batch=2)[0]
     sequence = [Episode(x, torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]), x[:, :0]), episode(1)]
     state = model.states(sequence)[-1]
     drift = prototype_drift(model, state, sequence)
@@ -273,7 +259,7 @@ def test_drift_counts_the_classes_that_a_sequence_has():
 
 
 def test_drift_of_mini_batches_is_from_the_shared_means():
-    model = small(scenario="minibatch")
+    model = model_of(scenario="minibatch")
     sequence = [_episode(step, None) for step in range(2)]
     state = model.states(sequence)[-1]
     distance = (model.embed(state, sequence[1].support_x) - state.prototypes).norm(dim=-1)
@@ -281,7 +267,7 @@ def test_drift_of_mini_batches_is_from_the_shared_means():
 
 
 def test_drift_needs_every_support():
-    model = small()
+    model = model_of()
     sequence = [_episode(step, None) for step in range(2)]
     with pytest.raises(DataError, match="the state took 2 tasks in, 1 supports are given; give those of all its tasks"):
         prototype_drift(model, model.states(sequence)[-1], sequence[:1])
