@@ -12,7 +12,7 @@ from hypertransformer_cells import Bench, Cell
 
 Judged = tuple[dict[str, Any], list[Gate]]
 TUNING_SEED = 100
-RATES = {"ht": (5e-4, 1e-3, 2e-3), "proto": (8e-3, 1.6e-2, 3.2e-2), "maml": (2e-2, 4e-2, 8e-2)}
+RATES = {"ht": (5e-4, 1e-3, 2e-3, 4e-3), "proto": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "maml": (1e-2, 2e-2, 4e-2, 8e-2)}
 """Of every arm, widened until the best lay inside."""
 
 
@@ -42,7 +42,7 @@ class Experiment(NamedTuple):
 
 
 def tuning_cells(size: Size) -> list[Cell]:
-    """Shorter runs on held-out background alphabets: three rates of each arm."""
+    """Shorter runs on held-out background alphabets: four rates of each arm."""
     return [_tuning(arm, lr, size) for arm, rates in RATES.items() for lr in rates]
 
 
