@@ -21,7 +21,7 @@ from typing import Any
 
 from hypertransformer_cells import Bench, run_cell
 from hypertransformer_experiments import EXPERIMENTS
-from hypertransformer_sizes import FULL, QUICK, Size, tuned, tuning_cells
+from hypertransformer_sizes import FULL, QUICK, Size, tuned
 
 from remanence.environment import environment
 from remanence.grid import one_thread
@@ -32,8 +32,7 @@ RESULT = Path(__file__).parent / "results" / "hypertransformer.json"
 
 def run(names: list[str], size: Size, bench: Bench, path: Path | None) -> bool:
     """Train what is missing, judge, print and write each experiment; True when all gates hold."""
-    bench.run(tuning_cells(size), run_cell)
-    rates = tuned(bench, size)
+    rates = tuned(bench, size, run_cell)
     print(f"learning rates: {rates}", flush=True)
     bench.run([cell for name in names for cell in EXPERIMENTS[name].cells(size, rates)], run_cell)
     held = True

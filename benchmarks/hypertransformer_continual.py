@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypertransformer_baselines import ConstPN, multi_ht_task_accuracy
 from hypertransformer_cells import Result
-from hypertransformer_few_shot import background, evaluation, fresh, train_model
+from hypertransformer_few_shot import background, evaluation, fresh, train_model, tuning_halves
 from hypertransformer_finetuning import fine_tuned_stream
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,21 +64,19 @@ def make(arm: str) -> nn.Module:
 
 def stream(
     arm: str, seed: int, steps: int, lr: float, n_tasks: tuple[int, int] = (TRAIN_TASKS, TRAIN_TASKS), multi: bool = False,
-    test_tasks: int = TEST_TASKS, cpu_seconds: float | None = None,
+    test_tasks: int = TEST_TASKS, tuning: bool = False, cnn_lr: float | None = None, cpu_seconds: float | None = None,
 ) -> tuple[nn.Module, Result]:  # fmt: skip
     """Train an arm on sequences of tasks; measure A[t, task], class- and task-incremental, and the drop of an oracle's."""
-    sources = domains(test=False) if multi else (background(),)
-    sampler = SequenceSampler(sources, n_tasks=tuple(n_tasks), ways=5, shots=1, queries=8, sequences=6, quarter_turns=not multi, seed=seed)
+    train, test = (domains(False), domains(True)) if multi else tuning_halves() if tuning else (background(), evaluation())
+    sampler = SequenceSampler(train, n_tasks=tuple(n_tasks), ways=5, shots=1, queries=8, sequences=6, quarter_turns=not multi, seed=seed)
     model = fresh(lambda: make(arm), seed)
 
     def loss(model: nn.Module, step: int) -> Tensor:
         sequence = sampler.sample(step)
         return continual_loss(model.unroll(sequence), continual_targets(sequence))[0]  # type: ignore[operator]
 
-    figures = train_model(model, loss, steps, lr, cpu_seconds)
-    tests = SequenceSampler(
-        domains(test=True) if multi else (evaluation(),), n_tasks=test_tasks, queries=10, sequences=TEST_BATCH, seed=TEST_SEED
-    )
+    figures = train_model(model, loss, steps, lr, cnn_lr, cpu_seconds)
+    tests = SequenceSampler(test, n_tasks=test_tasks, queries=10, sequences=TEST_BATCH, seed=TEST_SEED)
     return model, figures | matrices(model, tests)
 
 
@@ -124,7 +122,9 @@ def orders(model: nn.Module, n_orders: int = 5, n_tasks: int = 5, n_sequences: i
     return found
 
 
-def merged(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+def merged(
+    arm: str, seed: int, steps: int, lr: float, cnn_lr: float | None = None, cpu_seconds: float | None = None
+) -> tuple[nn.Module, Result]:
     """MergedHT: all supports of a sequence at once, which breaks the protocol; the bound that remembering could reach."""
     model = fresh(lambda: ContinualHyperTransformer(target(), max_ways=5 * TRAIN_TASKS), seed)
     settings = {"n_tasks": TRAIN_TASKS, "ways": 5, "shots": 1}
@@ -139,7 +139,7 @@ def merged(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | None
         logits, y = answered(model, sampler.sample(step))
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    figures = train_model(model, loss, steps, lr, cnn_lr, cpu_seconds)
     tests = SequenceSampler(evaluation(), n_tasks=TEST_TASKS, queries=10, sequences=TEST_BATCH, seed=TEST_SEED)
     with torch.no_grad():
         found = [answered(model, tests.sample(index)[:TRAIN_TASKS]) for index in range(TEST_SEQUENCES // TEST_BATCH)]
@@ -183,7 +183,9 @@ def fine_tuned(model: nn.Module, replay: bool, n_tasks: int = TRAIN_TASKS) -> di
 # --- mini-batches of one task: C5 --------------------------------------------------------------------------------------
 
 
-def minibatch(arm: str, seed: int, steps: int, lr: float, n_steps: int = 4, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+def minibatch(
+    arm: str, seed: int, steps: int, lr: float, n_steps: int = 4, cnn_lr: float | None = None, cpu_seconds: float | None = None
+) -> tuple[nn.Module, Result]:
     """One task of five classes arrives a shot at a time ("cht", "nocarry"), or all at once ("merged")."""
     model = fresh(lambda: ContinualHyperTransformer(target(), scenario="minibatch", max_ways=5, carry=arm == "cht"), seed)
     sampler = EpisodeSampler(background(), 5, n_steps, queries=8, tasks=4, quarter_turns=True, seed=seed)
@@ -192,7 +194,7 @@ def minibatch(arm: str, seed: int, steps: int, lr: float, n_steps: int = 4, cpu_
         answers = parts(model, sampler.sample(step), arm)
         return torch.stack([F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits, y in answers]).mean()
 
-    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    figures = train_model(model, loss, steps, lr, cnn_lr, cpu_seconds)
     tests = EpisodeSampler(evaluation(), 5, n_steps, queries=15, tasks=TEST_BATCH, seed=TEST_SEED)
     hits: list[list[float]] = []
     with torch.no_grad():
@@ -214,7 +216,9 @@ def parts(model: nn.Module, episode: Episode, arm: str) -> list[tuple[Tensor, Te
 # --- classes in halves, no class means: C1 -----------------------------------------------------------------------------
 
 
-def head_only(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+def head_only(
+    arm: str, seed: int, steps: int, lr: float, cnn_lr: float | None = None, cpu_seconds: float | None = None
+) -> tuple[nn.Module, Result]:
     """Four classes, two in each of two steps, answered by a generated last layer alone; of what was shown first, what is left?"""
     model = fresh(
         lambda: ContinualHyperTransformer(
@@ -227,7 +231,7 @@ def head_only(arm: str, seed: int, steps: int, lr: float, cpu_seconds: float | N
     def loss(model: nn.Module, step: int) -> Tensor:
         return halves_loss(model, halves(sampler.sample(step)), generator(seed, "codes", step), warm_up_share(step, steps))
 
-    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    figures = train_model(model, loss, steps, lr, cnn_lr, cpu_seconds)
     return model, figures | remembered(model)
 
 

@@ -9,12 +9,13 @@ from continual_cases import Gate
 from hypertransformer_cells import Bench, Cell
 from hypertransformer_continual import fine_tuned, kept_apart, orders
 from hypertransformer_continual import make as make_stream
-from hypertransformer_sizes import Judged, Size, beats, judged
+from hypertransformer_sizes import Judged, Size, beats, cnn_rate, judged
 
 
 def _stream(arm: str, seed: int, size: Size, rates: dict[str, float], budget: Cell | None = None, **more: Any) -> Cell:
-    rate = rates["proto"] if arm == "constpn" else rates["ht"]
-    return Cell("stream", {"arm": arm, "seed": seed, "steps": size.stream_steps, "lr": rate, **more}, budget)
+    family = "constpn" if arm == "constpn" else "cht"
+    settings = {"arm": arm, "seed": seed, "steps": size.stream_steps, "lr": rates[family]} | cnn_rate(family, rates)
+    return Cell("stream", settings | more, budget)
 
 
 def _streams(size: Size, rates: dict[str, float], arms: Sequence[str], seeds: Sequence[int], **more: Any) -> dict[str, list[Cell]]:
@@ -58,7 +59,7 @@ def c3_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
 
 
 def _merged(seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    settings = {"arm": "merged", "seed": seed, "steps": size.stream_steps, "lr": rates["ht"]}
+    settings = {"arm": "merged", "seed": seed, "steps": size.stream_steps, "lr": rates["cht"]} | cnn_rate("cht", rates)
     return Cell("merged", settings, _stream("cht", seed, size, rates))
 
 
@@ -104,7 +105,7 @@ MINI_ARMS = ("cht", "nocarry", "merged")
 
 def _mini(arm: str, seed: int, size: Size, rates: dict[str, float]) -> Cell:
     budget = None if arm == "cht" else _mini("cht", seed, size, rates)
-    return Cell("minibatch", {"arm": arm, "seed": seed, "steps": size.stream_steps, "lr": rates["ht"]}, budget)
+    return Cell("minibatch", {"arm": arm, "seed": seed, "steps": size.stream_steps, "lr": rates["cht"]} | cnn_rate("cht", rates), budget)
 
 
 def c5_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
@@ -163,7 +164,7 @@ def c8(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def _head(arm: str, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    return Cell("head", {"arm": arm, "seed": seed, "steps": size.steps // 2, "lr": rates["ht"]})
+    return Cell("head", {"arm": arm, "seed": seed, "steps": size.steps // 2, "lr": rates["cht"]} | cnn_rate("cht", rates))
 
 
 def c1_cells(size: Size, rates: dict[str, float]) -> list[Cell]:

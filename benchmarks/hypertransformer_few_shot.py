@@ -28,8 +28,6 @@ from remanence.generated.target import TargetNet
 from remanence.keys import generator, keyed_rng
 from remanence.streams import Source, omniglot
 
-CNN_RATE = 1.6e-2
-"""The best of ProtoNet's rates on held-out characters."""
 TEST_SEED, TEST_TASKS, TEST_EPISODES = 12345, 50, 600
 HEAD = "prototype"
 """Of the HyperTransformer in H1, H2, H5 and H7: the class means under the written trunk."""
@@ -71,7 +69,7 @@ def make(arm: str, channels: int, ways: int) -> nn.Module:
 
 def few_shot(
     arm: str, seed: int, steps: int, lr: float, channels: int = 8, ways: int = 5, shots: int = 1, tasks: int = 8, tuning: bool = False,
-    cpu_seconds: float | None = None, episodes: int = TEST_EPISODES,
+    cnn_lr: float | None = None, cpu_seconds: float | None = None, episodes: int = TEST_EPISODES,
 ) -> tuple[nn.Module, Result]:  # fmt: skip
     """Train an arm, and measure it with both statistics."""
     train, test = tuning_halves() if tuning else (background(), evaluation())
@@ -82,7 +80,7 @@ def few_shot(
         episode = sampler.sample(step)
         return episode_loss(model(episode), episode)
 
-    figures = train_model(model, loss, steps, lr, cpu_seconds)
+    figures = train_model(model, loss, steps, lr, cnn_lr, cpu_seconds)
     tests = EpisodeSampler(test, ways, shots, queries=15, tasks=TEST_TASKS, seed=TEST_SEED)
     found = {mode: answered(model, tests, mode, episodes) for mode in ("query", "support")}
     if isinstance(model, HyperTransformer) and model.written:
@@ -96,12 +94,13 @@ def fresh(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def train_model(
-    model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int, lr: float, cpu_seconds: float | None = None
-) -> dict[str, Any]:
+    model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int, lr: float, cnn_lr: float | None = None,
+    cpu_seconds: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train for so many steps, or for as many as the CPU seconds hold; says what it took."""
     if cpu_seconds is not None:
-        steps = max(50, int(cpu_seconds / seconds_per_step(model, loss, lr)))
-    trainer, start = trainer_of(model, steps, lr), time.process_time()
+        steps = max(50, int(cpu_seconds / seconds_per_step(model, loss)))
+    trainer, start = trainer_of(model, steps, lr, cnn_lr), time.process_time()
     recent = 0.0
     for step in range(steps):
         recent = 0.98 * recent + 0.02 * trainer.update(loss(model, step)).item()
@@ -109,16 +108,18 @@ def train_model(
     return {"steps": steps, "cpu_seconds": time.process_time() - start, "loss": recent, "parameters": n_parameters}
 
 
-def trainer_of(model: nn.Module, steps: int, lr: float) -> MetaTrainer:
-    """One schedule for all; what stands in a HyperTransformer's small CNN takes the rate that ProtoNet's CNN learns best at."""
-    fast = model.cnn_parameters() if isinstance(model, HyperTransformer) else ()
-    return MetaTrainer(model.parameters(), steps, lr, fast, CNN_RATE)
+def trainer_of(model: nn.Module, steps: int, lr: float, cnn_lr: float | None) -> MetaTrainer:
+    """One schedule for all; `cnn_lr` is the rate of the numbers that stand in a HyperTransformer's small CNN."""
+    if cnn_lr is None:
+        return MetaTrainer(model.parameters(), steps, lr)
+    assert isinstance(model, HyperTransformer)
+    return MetaTrainer(model.parameters(), steps, lr, model.cnn_parameters(), cnn_lr)
 
 
-def seconds_per_step(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], lr: float, n_steps: int = 40) -> float:
+def seconds_per_step(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], n_steps: int = 40) -> float:
     """CPU seconds of a step, from a few that leave no trace."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = trainer_of(model, n_steps, lr)
+    trainer = MetaTrainer(model.parameters(), n_steps)
     for step in range(5):
         trainer.update(loss(model, step))
     start = time.process_time()
@@ -144,7 +145,9 @@ def answered(model: nn.Module, tests: EpisodeSampler, bn_stats: str, episodes: i
 # --- H6: unlabelled images -----------------------------------------------------------------------------------------
 
 
-def semi_supervised(arm: str, seed: int, steps: int, lr: float, depth: int, cpu_seconds: float | None = None) -> tuple[nn.Module, Result]:
+def semi_supervised(
+    arm: str, seed: int, steps: int, lr: float, depth: int, cnn_lr: float | None = None, cpu_seconds: float | None = None
+) -> tuple[nn.Module, Result]:
     """A generated head with four unlabelled images a class: accuracy with them, and of the same net with them masked out."""
     sampler = EpisodeSampler(background(), 5, 1, queries=10, tasks=8, unlabeled=4, quarter_turns=True, seed=seed)
     model = fresh(
@@ -158,7 +161,7 @@ def semi_supervised(arm: str, seed: int, steps: int, lr: float, depth: int, cpu_
         written, by_means = model.answers(episode, draw)  # type: ignore[operator]
         return episode_loss(written, episode) + warm_up_share(step, steps) * episode_loss(by_means, episode)
 
-    figures = train_model(model, loss, steps, lr)
+    figures = train_model(model, loss, steps, lr, cnn_lr)
     tests = EpisodeSampler(evaluation(), 5, 1, queries=15, tasks=TEST_TASKS, unlabeled=4, seed=TEST_SEED)
     with_them, without = [], []
     with torch.no_grad():

@@ -9,14 +9,15 @@ from continual_cases import Gate
 from hypertransformer_baselines import accuracy, pixel_nearest_neighbour
 from hypertransformer_cells import Bench, Cell
 from hypertransformer_few_shot import TEST_EPISODES, TEST_SEED, TEST_TASKS, evaluation, make, swapped_tasks
-from hypertransformer_sizes import Judged, Size, beats, judged
+from hypertransformer_sizes import Judged, Size, beats, cnn_rate, judged
 
 from remanence.generated.sampling import EpisodeSampler
 
 
 def _few(arm: str, seed: int, size: Size, rates: dict[str, float], budget: Cell | None = None, **more: Any) -> Cell:
-    rate = rates[arm if arm in rates else "ht"]
-    return Cell("few-shot", {"arm": arm, "seed": seed, "steps": size.steps, "lr": rate} | more, budget)
+    family = arm if arm in ("proto", "maml") else "ht"
+    settings = {"arm": arm, "seed": seed, "steps": size.steps, "lr": rates[family]} | cnn_rate(family, rates)
+    return Cell("few-shot", settings | more, budget)
 
 
 def h1_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
@@ -76,15 +77,19 @@ def h2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 CHANNELS = (4, 8, 16)
 
 
+def _h3_cell(arm: str, channels: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
+    return _few(arm, seed, size, rates, channels=channels, steps=size.steps * 2 // 3)
+
+
 def h3_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [_few(arm, seed, size, rates, channels=c) for c in CHANNELS for seed in size.few for arm in ("ht-delta", "ht-logits")]
+    return [_h3_cell(arm, c, seed, size, rates) for c in CHANNELS for seed in size.few for arm in ("ht-delta", "ht-logits")]
 
 
 def h3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     figures: dict[str, Any] = {"head of both arms": "proto+delta"}
     differences = {}
     for c in CHANNELS:
-        arms = {arm: [_few(arm, seed, size, rates, channels=c) for seed in size.few] for arm in ("ht-delta", "ht-logits")}
+        arms = {arm: [_h3_cell(arm, c, seed, size, rates) for seed in size.few] for arm in ("ht-delta", "ht-logits")}
         figures[f"{c} channels"] = {"all": _row(bench, arms["ht-delta"]), "logits only": _row(bench, arms["ht-logits"])}
         differences[c] = _accuracies(bench, arms["ht-delta"], "query") - _accuracies(bench, arms["ht-logits"], "query")
     x = np.log2(CHANNELS)
@@ -118,7 +123,8 @@ def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def _h6_cell(depth: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    return Cell("semi", {"arm": f"depth {depth}", "seed": seed, "steps": size.steps + size.steps // 2, "lr": rates["ht"], "depth": depth})
+    settings = {"arm": f"depth {depth}", "seed": seed, "steps": size.steps, "lr": rates["cht"], "depth": depth}
+    return Cell("semi", settings | cnn_rate("cht", rates))
 
 
 def h6_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
@@ -139,7 +145,7 @@ def h6(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def h7_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [_few("ht-delta", seed, size, rates, channels=4) for seed in size.few]
+    return [_h3_cell("ht-delta", 4, seed, size, rates) for seed in size.few]
 
 
 def h7(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:

@@ -4,11 +4,12 @@ Every statement compares arms of equal seed, and so of equal training episodes, 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from continual_cases import Gate
-from hypertransformer_cells import Bench, Cell
+from hypertransformer_cells import Bench, Cell, Result
 
 Judged = tuple[dict[str, Any], list[Gate]]
 TUNING_SEED = 100
@@ -39,24 +40,41 @@ class Experiment(NamedTuple):
 
 # --- learning rates ----------------------------------------------------------------------------------------------------
 
+RATES = {
+    "proto": (1.6e-2, 3.2e-2, 6.4e-2, 0.128), "maml": (1e-2, 2e-2, 4e-2, 8e-2), "constpn": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+    "ht": (5e-4, 1e-3, 2e-3, 4e-3), "cht": (5e-4, 1e-3, 2e-3),
+}  # fmt: skip
+"""Of every arm; grids were widened where the best lay at an edge."""
+CNN_RATE = {"ht": "proto", "cht": "constpn"}
+"""What stands in a HyperTransformer's small CNN takes the rate that the same CNN learns best at by itself."""
 
 
-def tuning_cells(size: Size) -> list[Cell]:
-    """Shorter runs on held-out background alphabets: four rates of each arm."""
-    return [_tuning(arm, lr, size) for arm, rates in RATES.items() for lr in rates]
+def tuned(bench: Bench, size: Size, run: Callable[[Cell, Path, float | None], None]) -> dict[str, float]:
+    """The best rate of every arm, from short runs on held-out background alphabets; first of those that others build on."""
+    rates: dict[str, float] = {}
+    for arms in (("proto", "maml", "constpn"), ("ht", "cht")):
+        cells = {(arm, lr): _tuning(arm, lr, size, rates) for arm in arms for lr in RATES[arm]}
+        bench.run(cells.values(), run)
+        for arm in arms:
+            rates[arm] = max(RATES[arm], key=lambda lr, arm=arm: _score(bench.result(cells[arm, lr])))  # type: ignore[misc]
+    return rates
 
 
-def _tuning(arm: str, lr: float, size: Size) -> Cell:
-    return Cell("few-shot", {"arm": arm, "seed": TUNING_SEED, "steps": size.tuning_steps, "lr": lr, "tuning": True, "episodes": 400})
+def _tuning(arm: str, lr: float, size: Size, rates: dict[str, float]) -> Cell:
+    settings = {"arm": arm, "seed": TUNING_SEED, "steps": size.tuning_steps, "lr": lr, "tuning": True} | cnn_rate(arm, rates)
+    if arm in ("cht", "constpn"):
+        return Cell("stream", settings | {"steps": size.tuning_steps // 2, "test_tasks": 3})
+    return Cell("few-shot", settings | {"episodes": 400})
 
 
-def tuned(bench: Bench, size: Size) -> dict[str, float]:
-    """The rate of every arm with the best sum of transductive and inductive accuracy."""
+def cnn_rate(arm: str, rates: dict[str, float]) -> dict[str, float]:
+    """The rate of the small CNN's own numbers, for arms that have such."""
+    return {"cnn_lr": rates[CNN_RATE[arm]]} if arm in CNN_RATE else {}
 
-    def score(arm: str, lr: float) -> float:
-        return float(sum(bench.result(_tuning(arm, lr, size))["accuracy"].values()))
 
-    return {arm: max(rates, key=lambda lr: score(arm, lr)) for arm, rates in RATES.items()}
+def _score(result: Result) -> float:
+    """Transductive and inductive accuracy, or class-incremental accuracy after the last task."""
+    return float(sum(result["accuracy"].values())) if "accuracy" in result else float(np.mean(result["class"][-1]))
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------------

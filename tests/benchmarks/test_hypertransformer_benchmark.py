@@ -12,7 +12,7 @@ from remanence.keys import generator
 from remanence.streams import digits
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-RATES = {"ht": 1e-3, "proto": 8e-3, "maml": 2e-2}
+RATES = {"ht": 1e-3, "proto": 8e-3, "maml": 2e-2, "cht": 1e-3, "constpn": 8e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
