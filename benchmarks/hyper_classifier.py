@@ -1,6 +1,6 @@
 """HyperClassifier beside nearest class means and logistic regression on the same pixels, on and off Omniglot.
 
-    python benchmarks/hyper_classifier.py            # about fifteen minutes on one core
+    python benchmarks/hyper_classifier.py            # about five minutes on one core
     python benchmarks/hyper_classifier.py --quick    # under a minute: three draws of the small cells
     python benchmarks/hyper_classifier.py --model FOLDER
 

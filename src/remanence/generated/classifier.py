@@ -54,13 +54,14 @@ class HyperClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Use it where each class has one to a few examples, nothing else of the kind is at hand to train on, and a model is wanted at once:
     fitting twenty images takes a fraction of a second.
 
-    Where it loses: the shipped model was meta-trained on handwritten characters, and new characters are where it clearly wins. What is
-    not drawn in fine strokes (photographs, clothes, digits of 8 x 8 pixels) is read through a net of a few channels that never saw
-    its like; there logistic regression or nearest class means on the same pixels are often as good or better, the more so the more
-    samples a class has, because a CNN of a few thousand numbers written in one pass cannot use hundreds of images. For tables, use
-    scikit-learn's own classifiers; rows are taken so that pipelines work. At one shot nothing can be held out, so that probabilities
-    are those of the model as it was meta-trained: off characters their calibration error is large. benchmarks/hyper_classifier.py
-    measures all this beside those two rivals.
+    Where it wins and where it loses (benchmarks/hyper_classifier.py, accuracy in percent beside nearest class means and logistic
+    regression on the same pixels): on unseen handwritten characters, what it was meta-trained for, it clearly wins (5 ways, 1 shot: 95.6
+    against 43.7 and 47.3). Off characters it does not: on signs of hands it is level with both at 1 shot (36.8, 35.2, 36.0) and loses to
+    logistic regression from 5 shots on (55.3 against 57.4; at 20 shots 60.0 against 74.3); on clothes likewise (1 shot 60.8, 59.9 and 61.0;
+    20 shots 77.7 against 86.1); on digits of 8 x 8 pixels it loses to both at any number of shots (1 shot 64.5 against 73.6 and
+    73.5). A CNN of a few thousand numbers written in one pass cannot use hundreds of images. For tables, use scikit-learn's own
+    classifiers; rows are taken so that pipelines work. At one shot nothing can be held out, so that probabilities are those of
+    the model as it was meta-trained: their calibration error is 4 points on characters and 14 to 32 elsewhere.
 
     Args:
         model: who writes the CNN: None for the HyperTransformer that ships with the package, a folder written by
