@@ -210,7 +210,6 @@ def _descend(arguments: argparse.Namespace, method: str, inputs: _Inputs, folder
 
     from remanence.erasure import erase as erasing
     from remanence.erasure import median_log_p, write_checkpoint
-    from remanence.parts.hosts import no_progress_bar
     from remanence.parts.language_model import load_language_model
 
     # in float32: small steps vanish in 16 bits. The checkpoint has the dtype of the one given, and is measured in it
@@ -223,8 +222,7 @@ def _descend(arguments: argparse.Namespace, method: str, inputs: _Inputs, folder
     )  # fmt: skip
     outcome = _watched(steps, method, console)
     say(console, [f"{method}: {outcome.reason} after {outcome.steps} steps, keywords at {outcome.log_p:.2f} nats"])
-    with no_progress_bar():
-        write_checkpoint(model.to(inputs.model.dtype), arguments.model, folder)
+    write_checkpoint(model.to(inputs.model.dtype), arguments.model, folder)
     return _Done(outcome.method, outcome.steps, outcome.seconds, outcome.notes)
 
 

@@ -225,8 +225,9 @@ def _conclude(
     write_whole(folder / "trace.csv", curves.to_csv(index=False))
     summary = {**plan, "notes": notes, "spearman": None if found is None else _without_nan(found._asdict(), drop="coverage")}
     summary |= {"forecast": _records(said), "facts_measured": _records(table), "held_out": _records(held_out)}
-    write_whole(folder / "summary.json", json.dumps({**summary, "environment": environment()}, indent=1, allow_nan=False))
-    page = write_trace_page(folder / "report.html", curves, table, {**summary, "environment": environment()})
+    summary["environment"] = environment()
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+    page = write_trace_page(folder / "report.html", curves, table, summary)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 

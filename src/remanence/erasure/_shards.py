@@ -1,7 +1,6 @@
 """Folders of safetensors: read by name wherever the shard lies, overwritten in place, and made whole or not at all."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from remanence.errors import DataError, SettingError
+from remanence.state import sync
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
@@ -137,17 +137,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         probe.rmdir()
         yield hidden
         for path in (*hidden.rglob("*"), hidden):
-            _sync(path)
+            sync(path)
         hidden.replace(out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
