@@ -78,7 +78,7 @@ CHANNELS = (4, 8, 16)
 
 
 def _h3_cell(arm: str, channels: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    return _few(arm, seed, size, rates, channels=channels, steps=size.steps * 2 // 3)
+    return _few(arm, seed, size, rates, channels=channels, steps=size.steps // 2)
 
 
 def h3_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
@@ -123,7 +123,7 @@ def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
 
 
 def _h6_cell(depth: int, seed: int, size: Size, rates: dict[str, float]) -> Cell:
-    settings = {"arm": f"depth {depth}", "seed": seed, "steps": size.steps, "lr": rates["cht"], "depth": depth}
+    settings = {"arm": f"depth {depth}", "seed": seed, "steps": size.steps * 2 // 3, "lr": rates["cht"], "depth": depth}
     return Cell("semi", settings | cnn_rate("cht", rates))
 
 
@@ -168,7 +168,7 @@ def reported_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
 
 
 def _reported_cell(arm: str, size: Size, rates: dict[str, float], more: dict[str, Any]) -> Cell:
-    return _few(arm, 0, size, rates, steps=size.steps // 2, **more)
+    return _few(arm, 0, size, rates, steps=size.steps // 3, **more)
 
 
 def reported(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
