@@ -48,7 +48,7 @@ def c2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
         learned = np.diagonal(accuracy, axis1=1, axis2=2)[:, : n_tasks - 1]
         kept = accuracy[:, n_tasks - 1, : n_tasks - 1]
         figures[f"T={n_tasks}"] = {"when learned": learned.mean(0).round(2).tolist(), "at the end": kept.mean(0).round(2).tolist()}
-        criterion = f"T={n_tasks}, task-incremental: at the end minus when learned, above -2"
+        criterion = f"at the end - when learned: T={n_tasks}, task-incremental, above -2"
         gates.append(beats("C2", criterion, (kept - learned).mean(1).tolist(), -2.0))
     return figures, judged(size, gates)
 
@@ -82,7 +82,7 @@ def c3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     figures["fine-tuning from the constant embedding, T=3"] = {
         word: fine_tuned(embedding, replay) for word, replay in (("alone", False), ("with replay of all supports", True))
     }
-    return figures, judged(size, [beats("C3", "class-incremental, T=3, equal CPU - rival: ConstPN", difference.tolist())])
+    return figures, judged(size, [beats("C3", "CHT - ConstPN: class-incremental, T=3, equal CPU", difference.tolist())])
 
 
 MULTI = {"multi": True, "test_tasks": 3}
@@ -96,7 +96,7 @@ def c4(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     cells = _streams(size, rates, ("nocarry",), size.few, **MULTI)
     figures = {arm: _final(bench, each, 3).round(2).tolist() for arm, each in cells.items()}
     difference = _final(bench, cells["cht"], 3) - _final(bench, cells["nocarry"], 3)
-    return figures, judged(size, [beats("C4b", "three domains, class-incremental - rival: NoCarry", difference.tolist())])
+    return figures, judged(size, [beats("C4b", "CHT - NoCarry: three domains, class-incremental", difference.tolist())])
 
 
 MINI_ARMS = ("cht", "nocarry", "merged")
@@ -120,7 +120,7 @@ def c5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     figures = {arm: values.round(2).tolist() for arm, values in found.items()}
     figures["gap to all shots at once"] = (found["merged"][:, -1] - found["cht"][: len(size.few), -1]).round(2).tolist()
     gain = found["cht"][:, -1] - found["cht"][:, 0]
-    return figures, judged(size, [beats("C5", "after the fourth mini-batch minus after the first", gain.tolist())])
+    return figures, judged(size, [beats("C5", "after the fourth mini-batch - after the first: accuracy", gain.tolist())])
 
 
 def _c6_arms(size: Size, rates: dict[str, float]) -> dict[str, list[Cell]]:
@@ -139,7 +139,7 @@ def c6(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     short, long = (_final(bench, arms[name], 10) for name in ("T=3", "T~1..10"))
     growth = bench.result(arms["T=3"][0])["growth"]
     figures = {"T=3": short.round(2).tolist(), "T~1..10": long.round(2).tolist(), "growth over 10 tasks": growth}
-    gate = beats("C6", "T=10: trained on 3 tasks minus trained on 1 to 10, above -3", (short - long).tolist(), -3.0)
+    gate = beats("C6", "trained on 3 tasks - trained on 1 to 10: T=10, above -3", (short - long).tolist(), -3.0)
     return figures, judged(size, [gate])
 
 
@@ -180,6 +180,6 @@ def c1(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     gain = [100 * (ours["first"] - rival["first"]) for ours, rival in zip(found["cht"], found["nocarry"], strict=True)]
     control = max(figures["cht"]["control"])
     return figures, judged(size, [
-        beats("C1", "classes of the first step, answered by the weights after the second, above +20 - rival: NoCarry", gain, 20.0),
-        Gate("C1", "control: other classes shown in the first step, at most 55 %", f"{control:.1f} % at most", control <= 55),
+        beats("C1", "CHT - NoCarry: classes of the first step, answered by the weights after the second, above +20", gain, 20.0),
+        Gate("C1", "control - chance: other classes shown in the first step, at most 55 %", f"{control:.1f} % at most", control <= 55),
     ])  # fmt: skip

@@ -44,9 +44,9 @@ def h1(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     mean = float(_accuracies(bench, ours, "query").mean())
     figures = {"HyperTransformer": _row(bench, ours), "ProtoNet": _row(bench, rival), "1-NN on pixels": _pixels()}
     return figures, judged(size, [
-        beats("H1", "transductive, equal steps - rival: ProtoNet", differences["query"].tolist()),
-        beats("H1", "inductive, equal steps - rival: ProtoNet", differences["support"].tolist()),
-        Gate("H1", "HyperTransformer at 85 % or more, transductive", f"{mean:.2f} %", mean >= 85),
+        beats("H1", "HyperTransformer - ProtoNet: transductive, equal steps", differences["query"].tolist()),
+        beats("H1", "HyperTransformer - ProtoNet: inductive, equal steps", differences["support"].tolist()),
+        Gate("H1", "HyperTransformer - 85 %: transductive, at least", f"{mean:.2f} %", mean >= 85),
     ])  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def h2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     gates = []
     for mode, word in (("query", "transductive"), ("support", "inductive")):
         differences = (_accuracies(bench, ours, mode) - _accuracies(bench, rival, mode)).tolist()
-        gates.append(beats("H2", f"{word}, equal CPU: not worse than -0.5 - rival: ProtoNet", differences, least=-0.5))
+        gates.append(beats("H2", f"HyperTransformer - ProtoNet: {word}, equal CPU, not worse than -0.5", differences, least=-0.5))
     return {"HyperTransformer": _row(bench, ours), "ProtoNet": _row(bench, rival)}, judged(size, gates)
 
 
@@ -96,8 +96,8 @@ def h3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     slopes = [float(np.polyfit(x, [differences[c][seed] for c in CHANNELS], 1)[0]) for seed in range(len(size.few))]
     figures["differences"] = {str(c): values.round(2).tolist() for c, values in differences.items()}
     return figures, judged(size, [
-        beats("H3", "what generating all layers buys falls with the channels (minus the slope over log2)", [-slope for slope in slopes]),
-        beats("H3", "4 channels, all layers - rival: logits only", differences[4].tolist()),
+        beats("H3", "small - large: what generating all layers buys, minus its slope over log2 of the channels", [-slope for slope in slopes]),
+        beats("H3", "all layers - logits only: 4 channels", differences[4].tolist()),
     ])  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     gates = []
     for mode, word in (("query", "transductive"), ("support", "inductive")):
         differences = (_accuracies(bench, ours, mode) - _accuracies(bench, rival, mode)).tolist()
-        gates.append(beats("H5", f"{word}, equal CPU - rival: MAML", differences))
+        gates.append(beats("H5", f"HyperTransformer - MAML: {word}, equal CPU", differences))
     figures = {"HyperTransformer": _row(bench, ours), "MAML": _row(bench, rival)}
     model = bench.fill(make("ht", 8, 5), ours[0])
     maml = bench.fill(make("maml", 8, 5), rival[0])
@@ -139,8 +139,8 @@ def h6(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
         for depth, results in found.items()
     }
     return figures | {"gains": gains}, judged(size, [
-        beats("H6", "two encoder layers: gain from 4 unlabelled images a class", gains[2]),
-        beats("H6", "gain with two encoder layers - rival: gain with one", (np.array(gains[2]) - np.array(gains[1])).tolist()),
+        beats("H6", "with unlabelled images - without: two encoder layers", gains[2]),
+        beats("H6", "gain with two encoder layers - gain with one: unlabelled images", (np.array(gains[2]) - np.array(gains[1])).tolist()),
     ])  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def h7(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     cells = h7_cells(size, rates)
     found = [swapped_tasks(bench.fill(make("ht-delta", 4, 5), cell)) for cell in cells]  # type: ignore[arg-type]
     drops = [100 * (result["own"] - result["other"]) for result in found]
-    return {"seeds": found}, judged(size, [beats("H7", "4 channels: kernels written for the task - rival: for another task", drops)])
+    return {"seeds": found}, judged(size, [beats("H7", "kernels written for the task - for another: 4 channels", drops)])
 
 
 REPORTED = {

@@ -28,9 +28,9 @@ def test_a_bound_lies_below_the_mean_and_above_the_least():
     differences = [1.0, 2.0, 3.0, 4.0, 5.0]
     assert 1.0 < lower_bound(differences) < 3.0
     assert lower_bound([2.0, 2.0]) == 2.0
-    assert beats("H1", "a - rival: b", differences).passed
-    assert not beats("H1", "a - rival: b", [-1.0, 1.0, 3.0]).passed
-    assert not beats("C1", "a - rival: b", differences, least=20.0).passed
+    assert beats("H1", "a - b: accuracy", differences).passed
+    assert not beats("H1", "a - b: accuracy", [-1.0, 1.0, 3.0]).passed
+    assert not beats("C1", "a - b: accuracy", differences, least=20.0).passed
 
 
 def test_equal_cells_of_two_experiments_are_one():
