@@ -29,7 +29,7 @@ class MetaTrainer:
         n_steps: length of the schedule.
         lr: peak rate.
         fast: those of them that take `fast_lr`: see `HyperTransformer.cnn_parameters`.
-        fast_lr: peak rate of these; a ProtoNet of the same small CNN learns best at it.
+        fast_lr: peak rate of these: a small CNN by itself learns best far above a transformer's rates.
 
     Attributes:
         step: how many steps are done.
