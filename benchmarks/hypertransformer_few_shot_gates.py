@@ -96,7 +96,7 @@ def h3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     slopes = [float(np.polyfit(x, [differences[c][seed] for c in CHANNELS], 1)[0]) for seed in range(len(size.few))]
     figures["differences"] = {str(c): values.round(2).tolist() for c, values in differences.items()}
     return figures, judged(size, [
-        beats("H3", "small - large: what generating all layers buys, minus its slope over log2 of the channels", [-slope for slope in slopes]),
+        beats("H3", "small - large: what generating all layers buys (minus its slope over log2 channels)", [-slope for slope in slopes]),
         beats("H3", "all layers - logits only: 4 channels", differences[4].tolist()),
     ])  # fmt: skip
 
