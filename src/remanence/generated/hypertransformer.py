@@ -94,7 +94,7 @@ class HyperTransformer(nn.Module):
     # --- construction ------------------------------------------------------------------------------------------
 
     reads_previous = False
-    written_share = 1.0
+    written_share = 0.3
     """Length of what is written to a slice over that of its base, at the start; nearly all of it is the same for every task then."""
     _has_warned = False
 
@@ -121,7 +121,7 @@ class HyperTransformer(nn.Module):
             return
         channels, side = target.channels, target.sides[-1]
         self.local["logits"] = LocalFeatures(channels, channels, side, 1) if self.preset else FlatFeatures(channels, side)
-        std = 0.0 if self.head == "proto+delta" else 1 / math.sqrt(target.embedding_width)
+        std = 1 / math.sqrt(target.embedding_width)
         n_slices = 0 if self.label_codes == "random" else self.max_ways  # with random codes a class's slice has the class's own
         self.generators["logits"] = self._generator(n_slices, target.embedding_width + 1, self.local["logits"].width, std, by_class=True)  # type: ignore[arg-type]
 
@@ -131,8 +131,9 @@ class HyperTransformer(nn.Module):
         if self.preset == "paper":
             return PaperWeightGenerator(n_slices, size, features, n_codes, self.code_width, reads_previous=self.reads_previous)
         return WeightGenerator(
-            n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous, by_class
-        )
+            n_slices, size, features, n_codes, self.code_width, self._width, self._depth, self._heads, std, self.reads_previous, by_class,
+            is_silent=by_class and self.head == "proto+delta",
+        )  # fmt: skip
 
     def cnn_parameters(self) -> list[nn.Parameter]:
         """The trained numbers that stand in the small CNN as they are: bases, shared kernels, gamma, beta and the scale.

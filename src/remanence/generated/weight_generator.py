@@ -30,7 +30,8 @@ class WeightGenerator(nn.Module):
         n_classes: how many label codes are learned; one more stands for "no label".
         code_width: e.
         width, depth, heads: of the transformer; its ReLU layers have 2 x width units.
-        std: of the read-out at the start, times 1/sqrt(D); 0 writes nothing at first.
+        std: of what is written at the start, per number.
+        is_silent: write nothing at the start.
         reads_previous: the tokens also see what the slices held before.
         by_class: slice j stands for class j, and begins with its code.
 
@@ -41,7 +42,7 @@ class WeightGenerator(nn.Module):
 
     def __init__(
         self, n_slices: int, slice_size: int, feature_width: int, n_classes: int, code_width: int = 32, width: int = 64, depth: int = 2,
-        heads: int = 4, std: float = 0.1, reads_previous: bool = False, by_class: bool = False,
+        heads: int = 4, std: float = 0.1, reads_previous: bool = False, by_class: bool = False, is_silent: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
@@ -53,7 +54,9 @@ class WeightGenerator(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, 2 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.write = nn.Linear(width, slice_size)
-        nn.init.normal_(self.write.weight, std=std / math.sqrt(width))
+        # the scale stands outside of the weights, so that a step of Adam moves what is written by a share of it, not by its multiple
+        self.scale = std / math.sqrt(width)
+        nn.init.normal_(self.write.weight, std=0.0 if is_silent else 1.0)
         nn.init.zeros_(self.write.bias)
         with torch.no_grad():
             self.label_codes[-1] = 0
@@ -82,7 +85,7 @@ class WeightGenerator(nn.Module):
         slices = self.read_slice(self.slice_codes.expand(len(labels), -1, -1) if classes is None else classes)
         if self.read_previous is not None and previous is not None:
             slices = slices + self.read_previous(previous)
-        return self.write(self.norm(_run(self.blocks, slices, samples, present, used)))  # type: ignore[no-any-return]
+        return self.scale * self.write(self.norm(_run(self.blocks, slices, samples, present, used)))  # type: ignore[no-any-return]
 
 
 class PaperWeightGenerator(nn.Module):
