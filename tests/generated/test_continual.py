@@ -96,6 +96,8 @@ def test_without_carry_and_a_start_to_read_it_is_a_hypertransformer():
     with keyed_rng("plain"):
         plain = HyperTransformer(model.target, head="prototype", max_ways=4, width=16, depth=1, code_width=8, shared_features=8)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "read_previous" not in name})
+    for name, layer in plain.generators.items():
+        layer.scale = model.generators[name].scale
     state = after(model, 3)
     written = plain.generate(*support(2)).tensors
     for name in ("conv1.weight", "conv2.weight", "conv2.gamma"):
@@ -285,7 +287,7 @@ def test_weights_that_are_not_finite_are_refused_and_the_state_stays():
 
 def test_growth_beyond_ten_times_the_start_warns_once_with_the_step():
     model = writes_nothing(model_of())
-    model.generators["conv2"].write.bias.data.fill_(0.5)
+    model.generators["conv2"].write.bias.data.fill_(120.0)
     state, told, growths = model.init_state(2), [], []
     assert model.growth(state) == pytest.approx({"conv1": 1.0, "conv2": 1.0})
     with warnings.catch_warnings(record=True) as caught:
