@@ -140,6 +140,11 @@ def _facts(row, word=""):
     return [gate["seen"] for gate in _result("facts")["gates"] if gate["row"] == row and word in gate["criterion"]]
 
 
+def _hyper(row, word=""):
+    found = [gate for gate in _result("hypertransformer")["gates"] if gate["row"] == row and word in gate["criterion"]]
+    return [gate["seen"].split(" (")[0] for gate in found]
+
+
 def _tracing():
     return "{ratio:.3f} [{ratio_low:.3f}, {ratio_high:.3f}]".format(**_result("fact_tracing")["training"])
 
@@ -173,6 +178,20 @@ QUOTED = {
     "At equal memory a sparse update": lambda: _facts("E4"),
     "Tracing 100 facts": lambda: [_tracing()],
     "Several injection runs": lambda: [f"{_result('facts_together')['difference']:.1e}"],
+    "One pass that writes a small CNN": lambda: _hyper("H1"),
+    "At equal CPU time it is not worse": lambda: _hyper("H2"),
+    "The smaller the CNN": lambda: _hyper("H3"),
+    "One pass beats five steps": lambda: _hyper("H5"),
+    "Unlabelled images help": lambda: _hyper("H6"),
+    "The written kernels depend": lambda: _hyper("H7"),
+    "Written weights remember": lambda: _hyper("C1"),
+    "A continual HyperTransformer does not forget": lambda: _hyper("C2"),
+    "It beats a constant embedding": lambda: _hyper("C3"),
+    "Carrying weights helps": lambda: _hyper("C4b"),
+    "Later examples of the same classes": lambda: _hyper("C5"),
+    "It goes on beyond the tasks": lambda: _hyper("C6"),
+    "A task costs one pass": lambda: _hyper("C7"),
+    "Many tasks in one call": lambda: _hyper("speed"),
 }
 
 

@@ -472,7 +472,7 @@ def test_more_tasks_than_any_training_saw_are_taken(tmp_path):
 
 def test_weights_that_outgrow_their_start_are_told_once(tasks):
     model = make_cht()
-    nn.init.constant_(model.generators["conv2"].write.bias, 9.0)
+    nn.init.constant_(model.generators["conv2"].write.bias, 9e3)
     learner = ContinualHyperTransformerLearner(model)
     with pytest.warns(UserWarning, match="conv2") as told:
         learned(learner, *tasks)
