@@ -110,7 +110,7 @@ def table(answers: list[Tensor], sequence: tuple[Episode, ...], within: bool) ->
 
 
 @torch.no_grad()
-def orders(model: nn.Module, n_orders: int = 5, n_tasks: int = 5, n_sequences: int = 100) -> list[float]:
+def orders(model: nn.Module, n_orders: int = 5, n_tasks: int = 5, n_sequences: int = 40) -> list[float]:
     """C8: final class-incremental accuracy of the same tasks in several orders."""
     tests = SequenceSampler(evaluation(), n_tasks=n_tasks, queries=10, sequences=n_sequences, seed=TEST_SEED + 1)
     sequence = tests.sample(0)
