@@ -48,7 +48,7 @@ class Block(nn.Module):
 
     def _attend(self, asking: Tensor, known: Tensor, mask: Tensor | None) -> Tensor:
         def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return, no-untyped-call]
+            return y.reshape(len(y), y.shape[1], self.heads, -1).transpose(1, 2)
 
         keys, values = self.keys_values(known).chunk(2, -1)
         mixed = F.scaled_dot_product_attention(split(self.queries(asking)), split(keys), split(values), attn_mask=mask)

@@ -158,7 +158,7 @@ def assemble(slices: Tensor, kernel: tuple[int, int, int, int], allocation: Allo
     """Slices (B, T, b) -> kernels (B, out, in, K, K)."""
     n_out, n_in, side, _ = kernel
     if allocation == "output":
-        return slices.unflatten(2, (n_in, side, side))  # type: ignore[no-any-return, no-untyped-call]
+        return slices.reshape(len(slices), n_out, n_in, side, side)
     return slices.reshape(len(slices), side, side, n_out, n_in).permute(0, 3, 4, 1, 2)
 
 
