@@ -25,16 +25,16 @@ from remanence.generated.sampling import EpisodeSampler, SequenceSampler
 N_TIMES, BATCH = 50, 64
 
 
-def medians(calls: dict[str, Callable[[], object]], n_times: int = N_TIMES) -> dict[str, float]:
-    """Milliseconds of each call, taken in turn."""
-    for call in calls.values():
-        call(), call()
+def medians(calls: dict[str, Callable[[], object]], n_times: int = N_TIMES, block: int = 10) -> dict[str, float]:
+    """Milliseconds of each call: blocks of calls in turn, so that a busy machine slows all alike and none finds cold caches."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(n_times):
+    for _ in range(-(-n_times // block)):
         for name, call in calls.items():
-            start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(block):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     return {name: round(1000 * statistics.median(each), 3) for name, each in times.items()}
 
 
@@ -60,9 +60,10 @@ def adaptation(model: nn.Module, maml: nn.Module) -> tuple[dict[str, Any], list[
                     "MAML, graph kept": lambda x=x, y=y: maml.adapt(x, y, second_order=True),
                     "MAML, no graph": lambda x=x, y=y: maml.adapt(x, y),
                 },
-                N_TIMES if n_tasks == 1 else 11,
+                N_TIMES if n_tasks == 1 else 12,
+                10 if n_tasks == 1 else 3,
             )
-        tuning = medians({"it": lambda x=x, y=y, start=start: fine_tune(x, y, model.target, start, lr, max(1, peak.steps))}, 3)
+        tuning = medians({"it": lambda x=x, y=y, start=start: fine_tune(x, y, model.target, start, lr, max(1, peak.steps))}, 3, 3)
         found["fine-tuning to its peak"] = tuning["it"]
         ratios[n_tasks] = {name: round(value / found["HyperTransformer"], 2) for name, value in found.items() if name != "HyperTransformer"}
         figures[f"{n_tasks} tasks"] = {"milliseconds": found, "ratio to the HyperTransformer": ratios[n_tasks]}
