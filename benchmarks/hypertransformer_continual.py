@@ -16,7 +16,7 @@ from hypertransformer_finetuning import fine_tuned_stream
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence.generated.continual import ContinualHyperTransformer, continual_loss, continual_targets
+from remanence.generated.continual import ContinualHyperTransformer, accuracy_table, continual_loss, continual_targets
 from remanence.generated.episode import Episode
 from remanence.generated.meta_trainer import warm_up_share
 from remanence.generated.sampling import EpisodeSampler, SequenceSampler
@@ -97,16 +97,15 @@ def matrices(model: nn.Module, tests: SequenceSampler, n_sequences: int = TEST_S
 
 def table(answers: list[Tensor], sequence: tuple[Episode, ...], within: bool) -> Tensor:
     """A[t, task] (T, T) of a batch of sequences; `within` asks among the classes of the query's own task."""
-    n_tasks, targets = len(sequence), continual_targets(sequence)
-    found = torch.full((n_tasks, n_tasks), torch.nan)
-    for t, (logits, target) in enumerate(zip(answers, targets, strict=True)):
-        if within:
-            owner = torch.arange(logits.shape[2]) // sequence[0].n_max
-            asker = target // sequence[0].n_max
-            logits = logits.masked_fill(owner != asker[..., None], -torch.inf)
-        hits = (logits.argmax(-1) == target).float()
-        found[t, : t + 1] = hits.view(len(hits), t + 1, -1).mean((0, 2))
-    return found
+    targets = continual_targets(sequence)
+    if within:
+        n = sequence[0].n_max
+        owners = [torch.arange(logits.shape[2]) // n for logits in answers]
+        answers = [
+            logits.masked_fill(owner != (target // n)[..., None], -torch.inf)
+            for logits, owner, target in zip(answers, owners, targets, strict=True)
+        ]
+    return accuracy_table(answers, targets).mean(0)
 
 
 @torch.no_grad()

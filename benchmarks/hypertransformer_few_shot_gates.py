@@ -40,12 +40,10 @@ def _row(bench: Bench, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def h1(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     ours, rival = ([_few(arm, seed, size, rates) for seed in size.seeds] for arm in ("ht", "proto"))
-    differences = {mode: _accuracies(bench, ours, mode) - _accuracies(bench, rival, mode) for mode in ("query", "support")}
     mean = float(_accuracies(bench, ours, "query").mean())
     figures = {"HyperTransformer": _row(bench, ours), "ProtoNet": _row(bench, rival), "1-NN on pixels": _pixels()}
     return figures, judged(size, [
-        beats("H1", "HyperTransformer - ProtoNet: transductive, equal steps", differences["query"].tolist()),
-        beats("H1", "HyperTransformer - ProtoNet: inductive, equal steps", differences["support"].tolist()),
+        *_against(bench, ours, rival, "H1", "ProtoNet", "equal steps"),
         Gate("H1", "HyperTransformer - 85 %: transductive, at least", f"{mean:.2f} %", mean >= 85),
     ])  # fmt: skip
 
@@ -57,20 +55,26 @@ def _pixels() -> float:
     return round(100 * float(np.mean([accuracy(pixel_nearest_neighbour(episode), episode).mean() for episode in episodes])), 2)
 
 
-def _h2_rivals(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [_few("proto", seed, size, rates, budget=_few("ht", seed, size, rates)) for seed in size.seeds]
+def _at_equal_cpu(arm: str, size: Size, rates: dict[str, float]) -> list[Cell]:
+    return [_few(arm, seed, size, rates, budget=_few("ht", seed, size, rates)) for seed in size.seeds]
 
 
-def h2_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [*h1_cells(size, rates), *_h2_rivals(size, rates)]
-
-
-def h2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
-    ours, rival = [_few("ht", seed, size, rates) for seed in size.seeds], _h2_rivals(size, rates)
+def _against(bench: Bench, ours: Sequence[Cell], rival: Sequence[Cell], row: str, name: str, words: str, least: float = 0.0) -> list[Gate]:
+    """Both statistics of the HyperTransformer against a rival's."""
     gates = []
     for mode, word in (("query", "transductive"), ("support", "inductive")):
         differences = (_accuracies(bench, ours, mode) - _accuracies(bench, rival, mode)).tolist()
-        gates.append(beats("H2", f"HyperTransformer - ProtoNet: {word}, equal CPU, not worse than -0.5", differences, least=-0.5))
+        gates.append(beats(row, f"HyperTransformer - {name}: {word}, {words}", differences, least))
+    return gates
+
+
+def h2_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
+    return [*h1_cells(size, rates), *_at_equal_cpu("proto", size, rates)]
+
+
+def h2(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
+    ours, rival = [_few("ht", seed, size, rates) for seed in size.seeds], _at_equal_cpu("proto", size, rates)
+    gates = _against(bench, ours, rival, "H2", "ProtoNet", "equal CPU, not worse than -0.5", -0.5)
     return {"HyperTransformer": _row(bench, ours), "ProtoNet": _row(bench, rival)}, judged(size, gates)
 
 
@@ -101,20 +105,13 @@ def h3(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
     ])  # fmt: skip
 
 
-def _h5_rivals(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [_few("maml", seed, size, rates, budget=_few("ht", seed, size, rates)) for seed in size.seeds]
-
-
 def h5_cells(size: Size, rates: dict[str, float]) -> list[Cell]:
-    return [*h1_cells(size, rates), *_h5_rivals(size, rates)]
+    return [*h1_cells(size, rates), *_at_equal_cpu("maml", size, rates)]
 
 
 def h5(bench: Bench, size: Size, rates: dict[str, float]) -> Judged:
-    ours, rival = [_few("ht", seed, size, rates) for seed in size.seeds], _h5_rivals(size, rates)
-    gates = []
-    for mode, word in (("query", "transductive"), ("support", "inductive")):
-        differences = (_accuracies(bench, ours, mode) - _accuracies(bench, rival, mode)).tolist()
-        gates.append(beats("H5", f"HyperTransformer - MAML: {word}, equal CPU", differences))
+    ours, rival = [_few("ht", seed, size, rates) for seed in size.seeds], _at_equal_cpu("maml", size, rates)
+    gates = _against(bench, ours, rival, "H5", "MAML", "equal CPU")
     figures = {"HyperTransformer": _row(bench, ours), "MAML": _row(bench, rival)}
     model = bench.fill(make("ht", 8, 5), ours[0])
     maml = bench.fill(make("maml", 8, 5), rival[0])

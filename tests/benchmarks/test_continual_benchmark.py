@@ -1,13 +1,12 @@
 """The acceptance benchmark's own parts: its recipe, its re-derived formulas, its gates; and what the ledger quotes."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import load
 
 from remanence.probes import metrics
 from remanence.recipe import read_recipe
@@ -19,20 +18,12 @@ FOLDER = ROOT / "benchmarks"
 
 @pytest.fixture(scope="module")
 def cases():
-    return _load("continual_cases")
+    return load("continual_cases")
 
 
 @pytest.fixture(scope="module")
 def benchmark(cases):
-    return _load("continual")
-
-
-def _load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return load("continual")
 
 
 def test_metrics_gate_holds_and_can_fail(cases, monkeypatch):

@@ -1,25 +1,16 @@
 """The two sides of the overhead benchmark train alike, and its gate can fail."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmark_files import load
 
 from remanence.streams import digits, joint, part, split_classes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """The classifier's benchmark draws fairly, says what it cannot measure, and writes a file of the common form."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import load
 
 from remanence.errors import DataError
 from remanence.generated.files import save_hypertransformer
@@ -20,12 +19,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def bench():
-    name = "hyper_classifier"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return load("hyper_classifier")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """The rivals of the HyperTransformer: each against a plain form of itself, and what each is there to show."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_files import load
 from torch.nn import functional as F
 
 from remanence.errors import DataError, SettingError
@@ -27,18 +26,10 @@ TARGET = TargetNet(channels=4, image_size=8, n_layers=2)
 GROUPED = TargetNet(channels=4, image_size=8, n_layers=2, norm="group")
 
 
-def _load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def parts():
     """The three files, in the order of their imports."""
-    return {part: _load(f"hypertransformer_{part}") for part in PARTS}
+    return {part: load(f"hypertransformer_{part}") for part in PARTS}
 
 
 @pytest.fixture

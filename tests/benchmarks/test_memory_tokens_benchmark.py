@@ -1,36 +1,27 @@
 """The memory-token benchmark's own parts: its reference, its fairness, its gates, and how its file is put together."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_files import load
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("arms", "reference", "exact", "joining", "cost", "learning")
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 
 
-def _load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def parts():
     """Every file of the benchmark by its last name; loaded in the order of their imports."""
-    _load("continual_cases")
-    return {part: _load(f"memory_tokens_{part}") for part in PARTS}
+    load("continual_cases")
+    return {part: load(f"memory_tokens_{part}") for part in PARTS}
 
 
 @pytest.fixture(scope="module")
 def benchmark(parts):
-    return _load("memory_tokens")
+    return load("memory_tokens")
 
 
 @pytest.fixture
@@ -150,7 +141,7 @@ def test_cost_is_measured_with_the_base_and_the_separate_passes_in_turn(parts, m
 
 
 def _part(passed):
-    return lambda quick, jobs: ({"seeds": [0]}, [_load("continual_cases").Gate("M1", "holds", "seen", passed)])
+    return lambda quick, jobs: ({"seeds": [0]}, [load("continual_cases").Gate("M1", "holds", "seen", passed)])
 
 
 def test_parts_are_merged_into_one_file_and_a_failing_gate_ends_with_one(benchmark, monkeypatch, tmp_path, capsys):
