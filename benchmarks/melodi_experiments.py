@@ -1,0 +1,26 @@
+"""The experiments in the order in which they run."""
+
+import melodi_gates as gates
+from melodi_cells import Bench, Cell
+from melodi_sizes import Experiment, Judged, Size
+
+
+def _speed_cells(size: Size) -> list[Cell]:
+    """None: times are taken one after the other, by `judge`, and not kept."""
+    return []
+
+
+def _speed(bench: Bench, size: Size) -> Judged:
+    from melodi_speed import judge  # what it times against is imported only when times are asked for
+
+    found: Judged = judge(bench, size)
+    return found
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
+    "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),
+    "A3": Experiment("what each part is good for", gates.a3_cells, gates.a3),
+    "A4": Experiment("the same body with full attention over 4 k bytes, at equal tokens", gates.a4_cells, gates.a4),
+    "A5": Experiment("tokens a second: training, reading, writing", _speed_cells, _speed),
+}

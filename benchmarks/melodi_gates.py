@@ -1,0 +1,200 @@
+"""A1 to A4: which cells each experiment needs, and what must hold.
+
+Figures of several seeds and documents are means; "a - b" is paired, seed by seed and document by document.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from continual_cases import Gate
+from melodi_arms import ABLATED, ABLATED_ONCE, COMPARED, COMPARED_ONCE, FULL_ATTENTION, MELODI, RECALL, RECALL_ONCE, XL
+from melodi_cells import Bench, Cell
+from melodi_language import BIN
+from melodi_recall import CHANCE, GAPS, STAGES, UNBOUND
+from melodi_sizes import Judged, Size, at_most, best_or_within_noise, compared, judged, language_cell, recall_cell
+
+FOUR_K = 4096 // BIN
+_EDGE = 8
+"""Places at the beginning of a window whose loss is told apart: short-term memory is there for them."""
+
+
+# --- bits per byte -------------------------------------------------------------------------------------------------------
+
+
+def bits_per_byte(results: Sequence[dict[str, Any]], first: int = 0, last: int | None = None) -> np.ndarray:
+    """(seeds, documents) bits per byte in the bins from `first` to `last`, which count from the end where negative."""
+    rows = []
+    for result in results:
+        documents = zip(result["n_bytes"], result["bits"], strict=True)
+        sized = [(bits, [min(BIN, n - BIN * index) for index in range(len(bits))]) for n, bits in documents]
+        rows.append([sum(bits[first:last]) / sum(sizes[first:last]) for bits, sizes in sized])
+    return np.array(rows)
+
+
+def by_position(results: Sequence[dict[str, Any]]) -> list[float]:
+    """Mean bits per byte in pieces of 4 k bytes, as far as the shortest document goes."""
+    n_bins = min(len(bits) for result in results for bits in result["bits"])
+    return [round(float(bits_per_byte(results, at, at + FOUR_K).mean()), 4) for at in range(0, n_bins, FOUR_K)]
+
+
+def _language_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    whole = bits_per_byte(results)
+    places = np.array([result["bits_by_place_in_window"] for result in results])
+    return {
+        "bits_per_byte": round(float(whole.mean()), 4),
+        "seeds": whole.mean(1).round(4).tolist(), "documents": whole.mean(0).round(4).tolist(),
+        "first_4k": round(float(bits_per_byte(results, 0, FOUR_K).mean()), 4),
+        "last_4k": round(float(bits_per_byte(results, -FOUR_K).mean()), 4),
+        "by_position": by_position(results), "first_places_of_window": round(float(places[:, :_EDGE].mean()), 4),
+        "other_places_of_window": round(float(places[:, _EDGE:].mean()), 4) if places.shape[1] > _EDGE else None,
+        "kv_bytes": results[0]["memory_bytes"]["kv"], "stored_bytes": results[0]["memory_bytes"]["stored"],
+        "parameters": results[0]["parameters"], "steps": results[0]["steps"], "n_trained_tokens": results[0]["n_trained_tokens"],
+        "cpu_seconds_per_step": [result["cpu_seconds_per_step"] for result in results],
+    }  # fmt: skip
+
+
+def _rows(bench: Bench, cells: dict[str, list[Cell]]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    results = {name: [bench.result(cell) for cell in found] for name, found in cells.items()}
+    return results, {name: _language_row(found) for name, found in results.items()}
+
+
+def _listed(cells: dict[str, list[Cell]]) -> list[Cell]:
+    return [cell for found in cells.values() for cell in found]
+
+
+# --- A1 ------------------------------------------------------------------------------------------------------------------
+
+
+def _a1(size: Size) -> dict[str, list[Cell]]:
+    paired = {name: [language_cell(name, arm, seed, size.steps, size) for seed in size.seeds] for name, arm in COMPARED.items()}
+    return paired | {name: [language_cell(name, arm, size.seeds[0], size.steps, size)] for name, arm in COMPARED_ONCE.items()}
+
+
+def a1_cells(size: Size) -> list[Cell]:
+    return sorted(_listed(_a1(size)), key=lambda cell: cell.settings["seed"])
+
+
+def a1(bench: Bench, size: Size) -> Judged:
+    results, rows = _rows(bench, _a1(size))
+    ours = bits_per_byte(results["melodi"])
+    differences = {f"melodi - {name}": compared(ours[: len(found)] - bits_per_byte(found)) for name, found in results.items()}
+    del differences["melodi - melodi"]
+    figures = {"arms": rows, "differences": differences, "gap": _gap(results)}
+    return figures, judged(size, [
+        at_most("A1", "MELODI - Transformer-XL: at most 0", ours - bits_per_byte(results["transformer-xl"])),
+        at_most("A1", "MELODI - 1.01 x Memorizing Transformer: at most 0", ours - 1.01 * bits_per_byte(results["memorizing"])),
+        _memory(rows),
+    ])  # fmt: skip
+
+
+def _memory(rows: dict[str, Any]) -> Gate:
+    ours, theirs = rows["melodi"]["kv_bytes"], rows["memorizing"]["kv_bytes"]
+    seen = f"{ours:,} of {theirs:,} bytes, 1/{theirs / ours:.2f}"
+    return Gate("A1", "MELODI's memory: at most 1/8 of the Memorizing Transformer's", seen, 8 * ours <= theirs)
+
+
+def _gap(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """By how much Transformer-XL is worse, along the documents, and whether that grows."""
+    gaps = {}
+    for name in ("transformer-xl", "transformer-xl, equal memory"):
+        first = bits_per_byte(results[name], 0, FOUR_K) - bits_per_byte(results["melodi"], 0, FOUR_K)
+        last = bits_per_byte(results[name], -FOUR_K) - bits_per_byte(results["melodi"], -FOUR_K)
+        gaps[name] = {
+            "first_4k": compared(first), "last_4k": compared(last), "growth": compared(last - first),
+            "by_position": (np.array(by_position(results[name])) - np.array(by_position(results["melodi"]))).round(4).tolist(),
+        }  # fmt: skip
+    return gaps
+
+
+# --- A2 ------------------------------------------------------------------------------------------------------------------
+
+
+def _a2(size: Size) -> dict[str, list[Cell]]:
+    paired = {name: [recall_cell(name, arm, seed, size) for seed in size.seeds] for name, arm in RECALL.items()}
+    return paired | {name: [recall_cell(name, arm, size.seeds[0], size)] for name, arm in RECALL_ONCE.items()}
+
+
+def a2_cells(size: Size) -> list[Cell]:
+    return _listed(_a2(size))
+
+
+def a2(bench: Bench, size: Size) -> Judged:
+    results = {name: [bench.result(cell) for cell in found] for name, found in _a2(size).items()}
+    rows = {name: _recall_row(found) for name, found in results.items()}
+    n_layers, least = 4, {"10": 0.9, "16": 0.85}
+    beyond = [str(gap) for gap in GAPS if gap > n_layers]
+    gates = [_each_seed("MELODI", results["melodi"], gap, share) for gap, share in least.items()]
+    gates.append(_at_chance("Transformer-XL, G beyond its reach", results["transformer-xl"], beyond))
+    gates.append(_at_chance("windowed, every G", results["windowed"], [str(gap) for gap in GAPS]))
+    return {"chance": CHANCE, "unbound": round(UNBOUND, 4), "arms": rows}, judged(size, gates)
+
+
+def _recall_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "accuracy": {str(gap): [round(result["accuracy"][str(gap)], 4) for result in results] for gap in GAPS},
+        "stage_began": [result["stages"] for result in results], "steps": [result["steps"] for result in results],
+        "cpu_seconds": [round(result["cpu_seconds"]) for result in results], "parameters": results[0]["parameters"],
+    }  # fmt: skip
+
+
+def _each_seed(name: str, results: Sequence[dict[str, Any]], gap: str, least: float) -> Gate:
+    found = [result["accuracy"][gap] for result in results]
+    trained = "" if int(gap) in STAGES else ", never trained"
+    seen = ", ".join(f"{value:.3f}" for value in found)
+    return Gate("A2", f"{name}, G = {gap}{trained}: at least {least} with every seed", seen, min(found) >= least)
+
+
+def _at_chance(name: str, results: Sequence[dict[str, Any]], gaps: Sequence[str]) -> Gate:
+    worst = max(result["accuracy"][gap] for result in results for gap in gaps)
+    return Gate("A2", f"{name}: at most chance + 0.05 with every seed", f"at most {worst:.3f}, chance {CHANCE}", worst <= CHANCE + 0.05)
+
+
+# --- A3 and A4 -----------------------------------------------------------------------------------------------------------
+
+
+def _a3(size: Size) -> tuple[dict[str, list[Cell]], dict[str, list[Cell]]]:
+    arms = {"melodi": MELODI} | ABLATED
+    paired = {name: [language_cell(name, arm, seed, size.ablation_steps, size) for seed in size.seeds] for name, arm in arms.items()}
+    arms = {"melodi": MELODI} | ABLATED_ONCE
+    return paired, {name: [language_cell(name, arm, size.seeds[0], size.reported_steps, size)] for name, arm in arms.items()}
+
+
+def a3_cells(size: Size) -> list[Cell]:
+    paired, once = _a3(size)
+    return _listed(paired) + _listed(once)
+
+
+def a3(bench: Bench, size: Size) -> Judged:
+    paired, once = _a3(size)
+    results, rows = _rows(bench, paired)
+    single, single_rows = _rows(bench, once)
+    ours = bits_per_byte(results["melodi"])
+    against = {name: ours - bits_per_byte(results[name]) for name in ABLATED}
+    figures = {
+        "paired": rows, "differences": {f"melodi - {name}": compared(found) for name, found in against.items()}, "one_seed": single_rows,
+        "one_seed_differences": {
+            f"melodi - {name}": compared(bits_per_byte(single["melodi"]) - bits_per_byte(single[name])) for name in ABLATED_ONCE
+        },
+    }  # fmt: skip
+    gates = [best_or_within_noise("A3", f"full - {name}: best or within noise", found) for name, found in against.items()]
+    return figures, judged(size, gates)
+
+
+def _a4(size: Size) -> dict[str, list[Cell]]:
+    seed, steps = size.seeds[0], size.reported_steps
+    full = language_cell("full attention", FULL_ATTENTION, seed, steps, size, rows=1, segment=4096)
+    arms = {"melodi": MELODI, "transformer-xl": XL, "memorizing": COMPARED["memorizing"]}
+    return {"full attention": [full]} | {name: [language_cell(name, arm, seed, steps, size)] for name, arm in arms.items()}
+
+
+def a4_cells(size: Size) -> list[Cell]:
+    return _listed(_a4(size))
+
+
+def a4(bench: Bench, size: Size) -> Judged:
+    results, rows = _rows(bench, _a4(size))
+    full = bits_per_byte(results["full attention"])
+    differences = {f"{name} - full attention": compared(bits_per_byte(found) - full) for name, found in results.items()}
+    del differences["full attention - full attention"]
+    return {"arms": rows, "differences": differences}, []
