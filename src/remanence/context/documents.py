@@ -48,6 +48,10 @@ class Segment(NamedTuple):
         """The same on another device."""
         return Segment(*(part.to(device) for part in self))
 
+    def needs(self) -> tuple[bool, bool]:
+        """Whether `lengths` and `reset` say anything: a row is padded, a document begins."""
+        return bool((self.lengths < self.tokens.shape[1]).any()), bool(self.reset.any())
+
 
 class _Place:
     """How far the plan is made: the documents that each row holds at a segment, and where each row is free again."""
@@ -101,7 +105,9 @@ class DocumentReader:
         if not len(documents):
             raise DataError("DocumentReader: there is no document to read; give at least one.")
         self.documents, self.rows, self.segment, self.bos, self.seed, self.pack = documents, rows, segment, bos, seed, pack
-        lengths = [_length(index, document) for index, document in enumerate(documents)]
+        lengths = require_ids(documents, "DocumentReader")
+        if 0 in lengths:
+            raise DataError(f"DocumentReader: document {lengths.index(0)} is empty; leave empty documents out.")
         self._spans = lengths if pack else [-(-length // segment) * segment for length in lengths]
         self.n_tokens = sum(lengths)
         """Tokens of all documents."""
@@ -192,11 +198,18 @@ class DocumentReader:
         return self._drawn[1][place]
 
 
-def _length(index: int, document: Tensor) -> int:
-    if document.dim() != 1 or document.is_floating_point() or document.dtype in (torch.bool, torch.complex64, torch.complex128):
+def require_ids(documents: Sequence[Tensor], owner: str) -> list[int]:
+    """Lengths of documents that are vectors of integers.
+
+    Raises:
+        DataError: one is no vector, or holds no integers.
+    """
+    return [_length(index, document, owner) for index, document in enumerate(documents)]
+
+
+def _length(index: int, document: Tensor, owner: str) -> int:
+    if document.dim() != 1 or document.is_floating_point() or document.is_complex() or document.dtype == torch.bool:
         raise DataError(
-            f"DocumentReader: document {index} has shape {tuple(document.shape)} and dtype {document.dtype}; give a vector of integer ids."
+            f"{owner}: document {index} has shape {tuple(document.shape)} and dtype {document.dtype}; give a vector of integer ids."
         )
-    if not len(document):
-        raise DataError(f"DocumentReader: document {index} is empty; leave empty documents out.")
     return len(document)

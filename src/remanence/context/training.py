@@ -110,7 +110,9 @@ class ContextTrainer:
     def _train_step(self) -> tuple[Tensor, int]:
         segment = self.reader.batch(self.step)
         n_targets = int(segment.lengths.sum())
-        tokens, targets, lengths, reset = segment.to(self._trained[0].device)
+        tokens, targets, *marks = segment.to(self._trained[0].device)
+        # models take a shorter way where no row is padded and no document begins
+        lengths, reset = (mark if needed else None for mark, needed in zip(marks, segment.needs(), strict=True))
         model: Any = self.model.train()
         with torch.enable_grad(), keyed_rng(self.reader.seed, "context training", self.step):
             loss, state = model.loss(tokens, targets, self._memory(), lengths=lengths, reset=reset)

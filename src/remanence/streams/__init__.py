@@ -4,8 +4,9 @@ A *source* is a labelled set: `digits`, `omniglot`, `fashion_mnist`, `image_fold
 `part` keeps rows apart for pretraining. A *scenario* cuts a source into a stream: `split_classes`, `domains`, `permuted`,
 `episodes`. A *schedule* presents a stream anew: `joint`, `online`, `alone`, `learn_then_forget`.
 
-A *text source* is documents, some to learn and some to test on: `python_documentation`, `text_folder`, `text_dataset`. `windows`
-packs them into next-token windows, which a `TokenDataset` walks in a seeded, resumable order.
+A *text source* is documents, some to learn and some to test on: `python_documentation`, `text_folder`, `text_dataset`, and two of
+long documents, `books` and `python_sources`. `windows` packs them into next-token windows, which a `TokenDataset` walks in a seeded,
+resumable order; `byte_ids` is the vocabulary that needs no training.
 
 Example:
     >>> stream = learn_then_forget(split_classes(part(digits(), "stream"), per_task=5), forget=[1])
@@ -16,6 +17,7 @@ Example:
 from remanence.streams.episodic import episodes
 from remanence.streams.folder import image_folder
 from remanence.streams.known import digits, fashion_mnist, omniglot
+from remanence.streams.long_documents import books, byte_ids, python_sources
 from remanence.streams.scenarios import domains, permuted, split_classes
 from remanence.streams.schedules import alone, joint, learn_then_forget, online
 from remanence.streams.source import Source, part, turned
@@ -26,6 +28,8 @@ __all__ = [
     "TextSource",
     "TokenDataset",
     "alone",
+    "books",
+    "byte_ids",
     "digits",
     "domains",
     "episodes",
@@ -38,6 +42,7 @@ __all__ = [
     "part",
     "permuted",
     "python_documentation",
+    "python_sources",
     "split_classes",
     "text_dataset",
     "text_folder",

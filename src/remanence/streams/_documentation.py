@@ -47,13 +47,19 @@ def _chapters() -> Iterator[str]:
 
 
 def _modules() -> Iterator[str]:
+    for name, file in module_files():
+        if not name.startswith("_"):
+            yield "\n\n".join(_docstrings(file))
+
+
+def module_files() -> Iterator[tuple[str, Path]]:
+    """(top-level module, file) of the standard library's own modules, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in _SKIPPED)
-    for name in names:
+    for name in sorted(sys.stdlib_module_names - _SKIPPED):
         files = [root / f"{name}.py"] if (root / f"{name}.py").exists() else sorted((root / name).rglob("*.py"))
         for file in files:
             if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts):
-                yield "\n\n".join(_docstrings(file))
+                yield name, file
 
 
 def _docstrings(file: Path) -> Iterator[str]:

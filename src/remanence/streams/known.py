@@ -1,6 +1,6 @@
 """The sets that are known by name: digits (embedded in scikit-learn), Omniglot and Fashion-MNIST (local files).
 
-A local set lies in a folder of its own, `omniglot/omniglot.npz` or `fashion_mnist/fashion_mnist.npz`, inside the folder
+A local set lies in a folder of its own, `omniglot/omniglot.npz` or `books/books.jsonl.gz` for instance, inside the folder
 that the environment variable REMANENCE_DATA names; without that variable, inside `../shared/data` as seen from the
 current folder or from one of its parents. Its sha256 is checked once per process.
 """
@@ -24,7 +24,10 @@ FOLDER_VARIABLE = "REMANENCE_DATA"
 SHA256 = {
     "omniglot": "6af89e9d3dbc881edd9587f10e68a95e726556ec5dd5503e34cbb1f0c7534d6e",
     "fashion_mnist": "6c569290c64ddf61253f440ea2c1078b2c964c65741e8f82ae25638003d5e82d",
+    "books": "be7e8d731e816a56f147ca750e75fcae9274f6e1967278c34c77404de3616f79",
 }
+_FILES = {"books": "books.jsonl.gz"}
+"""Where the file is no .npz."""
 N_DRAWERS, N_CHARACTERS = 20, 1623
 
 
@@ -143,14 +146,15 @@ def find_set(name: str) -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
     here = Path.cwd()
     folders = [Path(given).expanduser()] if given else [base / "shared" / "data" for base in here.parents]
-    paths = [folder / name / f"{name}.npz" for folder in folders]
+    file = _FILES.get(name, f"{name}.npz")
+    paths = [folder / name / file for folder in folders]
     for path in paths:
         if path.is_file():
             _check_sha256(name, path.resolve())
             return path
     raise DataError(
         f"the set '{name}' is not on this machine; looked at {', '.join(map(str, paths))}. "
-        f"Set {FOLDER_VARIABLE} to the folder that holds {name}/{name}.npz."
+        f"Set {FOLDER_VARIABLE} to the folder that holds {name}/{file}."
     )
 
 
