@@ -1,0 +1,255 @@
+"""A MELODI memory around a pretrained causal language model: long documents through short windows, with the model itself frozen.
+
+    model = load_language_model("folder of a GPT-2, a Llama, ...")
+    attached = attach_melodi(model, AttachedMelodiConfig(window=512, lora_rank=8))      # answers as the bare model does, bit for bit
+    for progress in ContextTrainer(attached, reader, steps=1000).run(): ...             # trains what was added and nothing else
+    logits, state = attached(tokens, state)                                             # the interface of all context models
+    attached.save("folder"); attached = load_attached("folder", model)
+
+The host reads windows of W tokens, each from its first position, and sees no other window. Behind chosen blocks a memory layer adds what
+earlier windows left: S short-term tokens per layer, rewritten by every window, and in one middle layer a queue with the long-term tokens
+of the last Q windows. All of it is m numbers wide, whatever the host's width.
+
+Cost: the host runs all windows of a call in one batch, as it would without memory; only U summary tokens per memory layer go window by
+window. `generate` reads the partial window anew for every token, so that any host will do.
+
+Source: Chen et al. 2024, MELODI (arXiv 2410.03156). Attaching it is ours: the paper trains its model from nothing. Low-rank adapters: Hu et
+al. 2021 (arXiv 2106.09685), as peft implements them.
+
+Axes: B rows; T tokens of a call; W tokens of a window; V vocabulary; n memory layers; m memory width; S short, U summary, L long tokens per
+window; Q windows kept; N = L Q.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from remanence.context._attached_call import AttachedCall
+from remanence.context._attached_configuration import AttachedMelodiConfig
+from remanence.context._attached_host import add_adapter, blocks_of, host_fingerprint, require_host
+from remanence.context._attached_layer import MemoryLayer, Sizes
+from remanence.context._layout import lay_out
+from remanence.context.language_model import ContextLM, sample
+from remanence.context.state import ContextState
+from remanence.errors import DataError, NonFiniteLoss, StateMismatchError
+from remanence.keys import keyed_rng
+from remanence.state import State, all_finite, load_state, save_state
+
+__all__ = ["AttachedMelodi", "AttachedMelodiConfig", "AttachedMelodiState", "attach_melodi", "load_attached"]
+
+_FILE, _FORMAT = "attached.safetensors", "remanence attached melodi"
+
+
+@dataclass(frozen=True)
+class AttachedMelodiState(ContextState):
+    """What is carried from window to window.
+
+    Args:
+        short: (B, n, S, m), the short-term memory of each memory layer.
+        long: (B, N, m), the queue, newest entry last; the last L n_windows of it, at most N, hold something.
+    """
+
+    short: Tensor
+    long: Tensor
+
+    def _kv_bytes(self) -> int:
+        return self.nbytes("stored") + self.long.numel() * self.long.element_size()
+
+
+class AttachedMelodi(nn.Module):
+    """A frozen host with memory layers behind its blocks; `attach_melodi` makes it.
+
+    The host stays in evaluation mode. Called by itself it is the bare model, but for its adapters: the memory layers are hooked in for the
+    length of a call.
+
+    Args:
+        host: the causal LM.
+        config: filled in by `for_host`.
+    """
+
+    state_class: ClassVar[type[AttachedMelodiState]] = AttachedMelodiState
+
+    def __init__(self, host: Any, config: AttachedMelodiConfig) -> None:
+        super().__init__()
+        self.config, self.host = config, host
+        self._blocks = tuple(blocks_of(host)[place] for place in config.layers or ())  # a tuple: they are the host's modules, not ours
+        width, places = host.config.get_text_config().hidden_size, config.layers or []
+        with keyed_rng(config.seed, "attached memory"):
+            self.layers = nn.ModuleList(MemoryLayer(width, config, self._sizes(place), place == places[-1]) for place in places)
+            # one set for every window and row
+            seeds = nn.init.trunc_normal_(torch.empty(config.summary, config.hidden_size), std=0.25)
+        self.summary = nn.Parameter(seeds) if places else None
+        self.to(self.device)
+
+    def _sizes(self, place: int) -> Sizes:
+        has_queue = self.config.queue > 0 and place == self.config.long_layer
+        return Sizes(self.config.short, self.config.summary, self.config.long_per_window if has_queue else 0)
+
+    def train(self, mode: bool = True) -> "AttachedMelodi":
+        """Training mode for what was added; the host stays in evaluation mode."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the host lies."""
+        device: torch.device = next(self.host.parameters()).device
+        return device
+
+    def added(self) -> dict[str, nn.Parameter]:
+        """What was added, by name; nothing else is trained."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("host.") or ".lora_" in name}
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> AttachedMelodiState:
+        """The state of `batch` rows that have read nothing; see `ContextLM.init_state`."""
+        state: AttachedMelodiState = ContextLM.init_state(cast("Any", self), batch, device, dtype)
+        return state
+
+    def _empty(self, batch: int) -> dict[str, Tensor]:
+        config = self.config
+        short = torch.zeros(batch, len(self.layers), config.short, config.hidden_size)
+        return {"short": short, "long": torch.zeros(batch, config.queue, config.hidden_size)}
+
+    def restore_state(self, state: State) -> AttachedMelodiState:
+        """The state whose `state_dict()` this is, where the host lies."""
+        return AttachedMelodiState.from_state_dict(state).to(self.device)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Tensor, state: AttachedMelodiState | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, AttachedMelodiState]:
+        """Read the next tokens of every row; arguments, results and errors are those of `ContextLM.forward`.
+
+        In a document's first window the answers are the host's own: there is nothing to read yet.
+        """
+        state = cast("AttachedMelodiState", ContextLM._checked(cast("Any", self), tokens, state, lengths, reset))
+        if tokens.numel() == 0:
+            head: Tensor = self.host.get_output_embeddings().weight
+            return head.new_zeros(*tokens.shape, self.config.vocab_size), state
+        per_window = self.config.long_per_window if self.config.queue else 0
+        call = AttachedCall(self.layers, self.summary, lay_out(tokens, state, lengths, reset), state, per_window)
+        with self._hooked(call):
+            logits = self.host(input_ids=call.ids, use_cache=False).logits
+        return call.gather(logits), replace(state, cache=None, **call.after())
+
+    @contextmanager
+    def _hooked(self, call: AttachedCall) -> Iterator[None]:
+        handles = [block.register_forward_hook(partial(call.visit, number)) for number, block in enumerate(self._blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, state: AttachedMelodiState | None = None, lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, AttachedMelodiState]:  # fmt: skip
+        """Mean nats per target; see `ContextLM.loss`."""
+        return cast("tuple[Tensor, AttachedMelodiState]", ContextLM.loss(cast("Any", self), tokens, targets, state, lengths, reset))
+
+    def generate(
+        self, prompt: Tensor, state: AttachedMelodiState | None = None, max_new_tokens: int = 100, temperature: float = 1.0,
+        top_k: int | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Go on with a text, token by token, in memory that does not grow; see `ContextLM.generate`."""
+        return ContextLM.generate(cast("Any", self), prompt, state, max_new_tokens, temperature, top_k, generator)
+
+    def _generate(
+        self, prompt: Tensor, state: AttachedMelodiState | None, n_tokens: int, temperature: float, top_k: int | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        token = prompt
+        for _ in range(n_tokens):
+            with torch.no_grad():
+                logits, state = self(token, state)
+            drawn = sample(logits[:, -1], temperature, top_k, generator)
+            yield drawn
+            token = drawn[:, None]
+
+    # --- on disk -----------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was added, not the host: config.json, and attached.safetensors with a fingerprint of the host's weights.
+
+        Raises:
+            NonFiniteLoss: a parameter is NaN or infinite.
+        """
+        folder, weights = Path(folder).expanduser(), {name: value.detach() for name, value in self.added().items()}
+        broken = [name for name, value in weights.items() if not all_finite(value)]
+        if broken:
+            raise NonFiniteLoss(f"{len(broken)} parameters are NaN or infinite (first three: {broken[:3]}); train anew at a lower rate.")
+        self.config.save_pretrained(folder)
+        save_state(folder / _FILE, {"format": _FORMAT, "host": host_fingerprint(self.host), "weights": weights})
+
+
+def attach_melodi(model: Any, config: AttachedMelodiConfig) -> AttachedMelodi:
+    """Give a pretrained causal language model a MELODI memory.
+
+    The logits are the bare model's, bit for bit, until something is trained. The model is taken as it is, not copied: its parameters
+    are frozen, and with a `lora_rank` adapters are put into it (`model.delete_adapter("melodi")` takes them out again).
+
+    Args:
+        model: a decoder-only causal LM of `transformers`, in float32 or bfloat16; what is added is in float32.
+        config: sizes.
+
+    Raises:
+        SettingError: the model is of another kind, quantised or carries adapters; its blocks cannot be told; windows are longer than its
+            positions; or a layer is none of its blocks.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2)).eval()
+        >>> sizes = AttachedMelodiConfig(window=4, hidden_size=8, short=2, long_per_window=1, long_windows=3, num_attention_heads=2)
+        >>> attached = attach_melodi(model, sizes)
+        >>> tokens = torch.arange(4)[None]
+        >>> logits, state = attached(tokens)
+        >>> torch.equal(logits, model(tokens).logits), state.nbytes()
+        (True, 224)
+    """
+    require_host(model, config.window)
+    own = config.for_host(model.config.get_text_config())
+    blocks_of(model)
+    model.requires_grad_(False)
+    if own.lora_rank:
+        add_adapter(model, own.lora_rank, own.seed)
+    return AttachedMelodi(model, own).train(False)
+
+
+def load_attached(folder: str | Path, model: Any) -> AttachedMelodi:
+    """Attach what `AttachedMelodi.save` wrote to the model it was trained with.
+
+    Raises:
+        DataError: the folder holds no attached memory.
+        StateMismatchError: it belongs to a model with other weights, or its files do not fit each other.
+        SettingError: as in `attach_melodi`.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / _FILE).exists() or not (folder / "config.json").exists():
+        raise DataError(f"{folder} holds no {_FILE} with a config.json; give a folder that AttachedMelodi.save wrote.")
+    content = load_state(folder / _FILE)
+    if content.get("format") != _FORMAT:
+        raise StateMismatchError(f"{folder / _FILE} is no attached memory; it holds {sorted(content)[:5]}. Save it anew.")
+    found = host_fingerprint(model)
+    if content["host"] != found:
+        raise StateMismatchError(f"{folder} was trained with host weights {content['host']}, this model's are {found}; give that host.")
+    attached = attach_melodi(model, AttachedMelodiConfig.from_pretrained(folder, local_files_only=True))
+    own = {name: tuple(value.shape) for name, value in attached.added().items()}
+    saved = {name: tuple(value.shape) for name, value in content["weights"].items()}
+    if own != saved:
+        differ = sorted(set(own.items()) ^ set(saved.items()))[:3]
+        raise StateMismatchError(f"{folder}: config.json does not describe {_FILE} (first: {differ}). Save the memory anew.")
+    attached.load_state_dict(content["weights"], strict=False)
+    return attached
