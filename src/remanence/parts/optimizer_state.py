@@ -26,9 +26,11 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) 
     parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != len(saved):
         raise StateMismatchError(f"the state has moments for {len(saved)} parameters, the optimizer trains {len(parameters)}.")
-    for parameter, state in zip(parameters, saved, strict=True):
+    is_fused = [bool(group.get("fused")) for group in optimizer.param_groups for _ in group["params"]]
+    for parameter, state, fused in zip(parameters, saved, is_fused, strict=True):
         if state:
-            copied = copy_state(state)
+            # a count of steps is a scalar that stays on the CPU, except that a fused kernel reads it on the device
             optimizer.state[parameter] = {
-                name: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value for name, value in copied.items()
+                name: value.to(parameter.device) if isinstance(value, Tensor) and (fused or value.dim()) else value
+                for name, value in copy_state(state).items()
             }
