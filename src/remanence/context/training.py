@@ -164,7 +164,7 @@ class ContextTrainer:
         if self._checkpoint is None or not self._checkpoint.exists():
             return
         saved = load_state(self._checkpoint)
-        self._require_own(saved["settings"])
+        self._require_own(saved.get("settings", {}))
         if saved["step"] <= self.step:
             return
         self.model.load_state_dict(saved["model"], strict=False)  # what is frozen is not in it; the settings agree on all names
@@ -187,13 +187,12 @@ class ContextTrainer:
         reader = {f"reader {name}": value for name, value in self.reader.settings().items()}
         return {**{name: getattr(self, name) for name in names}, "betas": list(self.betas), **reader, **self._model_settings()}
 
-    def _model_settings(self) -> dict[str, str]:
+    def _model_settings(self) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
-        chosen = {} if config is None else {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+        plain = {} if config is None else json.loads(json.dumps(config.to_dict(), default=str))  # as it comes back from the file
         shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in self._weights().items()}
-        return {
+        return {f"model {key}": value for key, value in plain.items() if key not in _VOLATILE} | {
             "model": type(self.model).__name__,
-            "configuration": json.dumps(chosen, sort_keys=True, default=str),
             "trained tensors": _digest(json.dumps(shapes).encode()),
             "frozen tensors": self._frozen_digest,
         }
