@@ -1,0 +1,142 @@
+"""MELODI: a short-term memory in every layer, rewritten window by window, and one queue of long-term tokens in a middle layer.
+
+    model = MelodiLM(MelodiConfig(window=64, short=12, long_per_window=8, long_windows=64))
+    logits, state = model(tokens, model.init_state(batch=2))
+
+Summary tokens u travel behind a window's tokens x through all layers: they see everything, x never sees them. After each layer a linear mixer
+over the token axis makes of [x; u] the next layer's u, the layer's short-term memory z for the next window, and, in a long layer, the tokens
+that join the queue. A window costs the same however much was read.
+
+Layer by layer, all windows of a call are projected in one product; only attention, MLP and the mixer of z go window by window, because z of
+one window is read by the next.
+
+Source: Chen et al. 2025 (arXiv 2410.03156, ICLR), equations after the authors' code. ours: memory that was never written is masked
+(`empty="mask"`), a token may weigh the queue itself (`gate="token"`), any cut of a document into calls.
+
+Axes: B rows; K windows of a call; W tokens, U summary tokens of a window; S short, L long tokens; Q windows in a queue; M long layers;
+d width; n layers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from remanence.context._layout import Layout
+from remanence.context._melodi_layer import NEVER, Far, MelodiLayer, Queue, queue_bias
+from remanence.context.configuration import MelodiConfig
+from remanence.context.language_model import ContextLM
+from remanence.context.state import ContextState
+
+
+@dataclass(frozen=True)
+class MelodiState(ContextState):
+    """Short-term tokens of every layer and the queues of long-term tokens, as embeddings; keys and values are derived from them.
+
+    Args:
+        short: (B, n, S, d).
+        long: (B, M, Q, L, d), a ring: the tokens of window w stand at w mod Q.
+        long_window: (B, Q) int64, which window of the document each place of the ring came from; -1 where there is none. What a slot
+            says can so be traced to the text it was written from.
+    """
+
+    short: Tensor
+    long: Tensor
+    long_window: Tensor
+
+    @classmethod
+    def empty_like(cls, name: str, value: Tensor) -> Tensor:
+        return torch.full_like(value, NEVER) if name == "long_window" else torch.zeros_like(value)
+
+    def _kv_bytes(self) -> int:
+        return (self.short.numel() + 2 * self.long.numel()) * self.short.element_size()
+
+    def forget(self, windows: Tensor | list[int]) -> Self:
+        """Empty the queue's places of these windows of the document.
+
+        Partial: windows that came later were summarised while these could be read, and the short-term memory stays.
+        """
+        gone = torch.isin(self.long_window, torch.as_tensor(windows, device=self.long_window.device))
+        long = self.long.masked_fill(gone[:, None, :, None, None], 0.0)
+        return replace(self, long=long, long_window=self.long_window.masked_fill(gone, NEVER), cache=None)
+
+
+class MelodiLM(ContextLM):
+    """A causal language model with MELODI's memory; n S d + 2 L Q d floats in the papers' count, n S d + L Q d as stored.
+
+    Args:
+        config: sizes; `short=0, long_per_window=0` carries nothing.
+
+    Example:
+        >>> config = MelodiConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, window=4, short=2, long_per_window=1,
+        ...                       long_windows=3, long_layers=(1,))
+        >>> logits, state = MelodiLM(config)(torch.zeros(1, 10, dtype=torch.int64))
+        >>> state.long_window.tolist(), state.nbytes("kv") == (2 * 2 * 8 + 2 * 1 * 3 * 8) * 4
+        ([[0, 1, -1]], True)
+    """
+
+    config_class = MelodiConfig
+    state_class = MelodiState
+
+    def _build(self, config: Any) -> None:
+        n, long = config.num_hidden_layers, config.long_layers if config.queue else []
+        self.seeds = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.summary, config.hidden_size), std=0.25))
+        self.layers = nn.ModuleList(MelodiLayer(config, layer in long, layer == n - 1) for layer in range(n))
+        self.place_of = {layer: place for place, layer in enumerate(long)}
+
+    def _empty(self, batch: int) -> dict[str, Tensor]:
+        config = self.config
+        n_kept = config.long_windows if config.queue else 0
+        return {
+            "short": torch.zeros(batch, config.num_hidden_layers, config.short, config.hidden_size),
+            "long": torch.zeros(batch, len(self.place_of), n_kept, config.long_per_window, config.hidden_size),
+            "long_window": torch.full((batch, n_kept), NEVER),
+        }
+
+    def _read(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        y = torch.cat([x, self.seeds.expand(*x.shape[:2], -1, -1)], dim=2)
+        shorts, queues = [], []
+        for number, layer in enumerate(self.layers):
+            queue = None
+            if number in self.place_of:
+                queue = Queue(layer, state.long[:, self.place_of[number]].to(x.dtype), state.long_window, layout)
+                queues.append(queue)
+            y, short = layer(y, state.short[:, number].to(x.dtype), queue, layout)
+            shorts.append(short)
+        return y[:, :, : self.config.window], {"short": torch.stack(shorts, dim=1)} | self._enqueued(state, queues, layout)
+
+    def _enqueued(self, state: Any, queues: list[Queue], layout: Layout) -> dict[str, Tensor]:
+        """The rings after the call; a window that a later one of the same call pushed out is never written."""
+        if not queues:
+            return {"long": state.long, "long_window": state.long_window}
+        place = torch.arange(self.config.long_windows, device=layout.index.device)
+        last = torch.where(layout.writes, layout.index, NEVER).amax(1, keepdim=True)
+        newest = last - (last - place) % self.config.long_windows  # the latest window that falls on each place (B, Q)
+        comes = (layout.index[:, :, None] == newest[:, None]) & layout.writes[:, :, None]  # (B, K, Q)
+        is_new, source = comes.any(1), comes.int().argmax(1)
+        added = torch.stack([torch.stack(queue.added, dim=1) for queue in queues], dim=1)  # (B, M, K, L, d)
+        chosen = added.gather(2, source[:, None, :, None, None].expand(-1, added.shape[1], -1, *added.shape[3:]))
+        held = torch.where(layout.n_begun[:, None] > 0, NEVER, state.long_window)
+        old = torch.where(held[:, None, :, None, None] >= 0, state.long.to(added.dtype), 0.0)
+        return {"long": torch.where(is_new[:, None, :, None, None], chosen, old), "long_window": torch.where(is_new, newest, held)}
+
+    def _derive(self, state: Any) -> dict[str, Tensor]:
+        found = {}
+        for number, layer in enumerate(self.layers):
+            short = layer.attention.memory(state.short[:, number].to(self.dtype))
+            found[f"short.{number}.keys"], found[f"short.{number}.values"] = short
+            if number in self.place_of:
+                long = layer.queue_memory(state.long[:, self.place_of[number]].to(self.dtype))
+                found[f"long.{number}.keys"], found[f"long.{number}.values"] = long
+        return found
+
+    def _extend(self, x: Tensor, state: Any, cache: dict[str, Tensor], place: Tensor) -> Tensor:
+        # of a full ring the oldest window is still seen: it goes when the open window completes
+        is_seen = (state.long_window >= 0).repeat_interleave(self.config.long_per_window, 1)
+        bias = queue_bias(is_seen, self.config.queue, self.config.empty)
+        for number, layer in enumerate(self.layers):
+            far = Far(cache[f"long.{number}.keys"], cache[f"long.{number}.values"], bias) if number in self.place_of else None
+            past = cache[f"short.{number}.keys"], cache[f"short.{number}.values"]
+            x = layer.extend(x, state.n_windows, past, far, (cache["keys"][:, number], cache["values"][:, number]), place)
+        return x
