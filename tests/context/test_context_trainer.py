@@ -2,10 +2,14 @@ import pytest
 import torch
 from toy_memory import ToyMemory, toy_documents
 
+from remanence.context.configuration import TransformerXLConfig
 from remanence.context.documents import DocumentReader
+from remanence.context.melodi import MelodiLM
 from remanence.context.training import CHECKPOINT, ContextTrainer
+from remanence.context.transformer_xl import TransformerXL
 from remanence.errors import NonFiniteLoss, SettingError, StateMismatchError
-from remanence.state import load_state, states_equal
+from remanence.keys import keyed_rng
+from remanence.state import load_state, save_state, states_equal
 
 BOS = 11
 
@@ -78,6 +82,27 @@ def test_a_left_training_goes_on_with_the_same_bits(tmp_path, n_done):
     assert losses(again) == expected[n_done // 4 * 4 :]
     assert states_equal(dict(again.model.state_dict()), dict(whole.model.state_dict()))
     assert torch.equal(again.state.hidden, whole.state.hidden)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("segment", [8, 6])
+@pytest.mark.parametrize("kind", [TransformerXL, MelodiLM])
+def test_real_memories_go_on_in_the_middle_of_a_window(tmp_path, kind, segment, pack):
+    """Segments of 6 tokens cut windows of 4: the memory that is saved holds a window's beginning too."""
+
+    def trainer(folder=None):
+        size = {"vocab_size": 12, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "window": 4, "dropout": 0.1}
+        own = {"cache": 4} if kind is TransformerXL else {"short": 2, "long_per_window": 2, "long_windows": 3, "long_layers": [1]}
+        with keyed_rng("real memory"):
+            model = kind(kind.config_class(**size, **own))
+        reader = DocumentReader(toy_documents(30, 9, 14, 5), rows=2, segment=segment, bos=BOS, pack=pack)
+        return ContextTrainer(model, reader, steps=9, folder=folder, save_every=3)
+
+    expected = losses(trainer())
+    losses(trainer(tmp_path), 5)
+    again = trainer(tmp_path)
+    assert losses(again) == expected[3:]
+    assert again.state.document.min() > 0  # several documents were read
 
 
 def test_the_same_trainer_goes_on_where_it_was_left(tmp_path):
@@ -156,6 +181,22 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, change, named):
     losses(make_trainer(tmp_path, model=ToyMemory()), 4)
     with pytest.raises(StateMismatchError, match=rf"belongs to another training \({named}.*or another folder"):
         make_trainer(tmp_path, **{"model": ToyMemory()} | change).run()
+
+
+def test_another_configuration_of_the_same_shapes_is_named(tmp_path):
+    def trainer(**settings):
+        size = {"vocab_size": 12, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "window": 4, "cache": 4}
+        return make_trainer(tmp_path, model=TransformerXL(TransformerXLConfig(**size | settings)))
+
+    losses(trainer(), 4)
+    with pytest.raises(StateMismatchError, match=r"\(model cache: 4 there, 8 here\)"):
+        trainer(cache=8).run()
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path):
+    save_state(tmp_path / CHECKPOINT, {"step": 3})
+    with pytest.raises(StateMismatchError, match="lr: None there"):
+        make_trainer(tmp_path).run()
 
 
 def test_frozen_parameters_stay_and_are_not_saved(tmp_path):

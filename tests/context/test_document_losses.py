@@ -5,8 +5,11 @@ import torch
 from torch.nn import functional as F
 from toy_memory import ToyMemory, toy_documents
 
+from remanence.context.configuration import MelodiConfig
 from remanence.context.evaluation import bits_by_position, document_losses
+from remanence.context.melodi import MelodiLM
 from remanence.errors import DataError, SettingError
+from remanence.keys import keyed_rng
 
 BOS = 11
 
@@ -26,6 +29,19 @@ def test_every_document_is_read_as_if_alone(rows, segment):
     assert [loss.dtype for loss in found] == [torch.float32] * 7
     for loss, document in zip(found, documents, strict=True):
         torch.testing.assert_close(loss, plain(model, document))
+
+
+@pytest.mark.parametrize(("rows", "segment"), [(1, 64), (3, 8), (2, 5)])
+def test_real_memories_read_alike_however_documents_are_batched(rows, segment):
+    with keyed_rng("real memory"):
+        model = MelodiLM(
+            MelodiConfig(vocab_size=12, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, window=4, short=2, long_per_window=2,
+                         long_windows=3, long_layers=[1])
+        )  # fmt: skip
+    documents = toy_documents(7, 1, 16, 33, 16)
+    found = document_losses(model, documents, BOS, rows, segment)
+    for loss, document in zip(found, documents, strict=True):
+        torch.testing.assert_close(loss, plain(model, document), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_end_are_dropped():
