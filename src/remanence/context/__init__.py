@@ -1,21 +1,29 @@
 """Knowledge in the context: models that read documents of any length and carry a state of bounded size."""
 
 from remanence.context.configuration import ContextConfig, MelodiConfig, TransformerXLConfig
+from remanence.context.documents import DocumentReader, Segment
+from remanence.context.evaluation import bits_by_position, document_losses
 from remanence.context.language_model import ContextLM, load_context_model
 from remanence.context.melodi import MelodiLM, MelodiState
 from remanence.context.state import ContextState, load_context_state, save_context_state
+from remanence.context.training import ContextTrainer
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState
 
 __all__ = [
     "ContextConfig",
     "ContextLM",
     "ContextState",
+    "ContextTrainer",
+    "DocumentReader",
     "MelodiConfig",
     "MelodiLM",
     "MelodiState",
+    "Segment",
     "TransformerXL",
     "TransformerXLConfig",
     "TransformerXLState",
+    "bits_by_position",
+    "document_losses",
     "load_context_model",
     "load_context_state",
     "save_context_state",
