@@ -43,7 +43,7 @@ def language(
     made = make(model, config, seed)
     trained = train_on(made, train, training, arm, seed, steps, rows, segment)
     start = time.process_time()
-    losses = held_out(made, test, segment)
+    losses = held_out(made, test, rows, segment)
     window = int(made.config.window)
     return trained | {
         "bits": [in_bins(loss) for loss in losses], "n_bytes": [len(loss) for loss in losses],
@@ -56,7 +56,8 @@ def language(
 
 def train_on(model: Any, train: list[Tensor], folder: Path, arm: str, seed: int, steps: int, rows: int, segment: int) -> dict[str, Any]:
     """Train in place, from the folder's checkpoint where there is one; bits per byte of every 25 steps, and CPU seconds a step."""
-    from remanence.context import ContextTrainer, DocumentReader
+    from remanence.context.documents import DocumentReader
+    from remanence.context.training import ContextTrainer
 
     reader = DocumentReader(train, rows, segment, bos=model.config.bos_token_id, seed=seed)
     trainer = ContextTrainer(model, reader, steps, lr=LR, folder=folder, save_every=_CHECKPOINT_STEPS)
@@ -72,12 +73,12 @@ def train_on(model: Any, train: list[Tensor], folder: Path, arm: str, seed: int,
 
 
 @torch.no_grad()
-def held_out(model: Any, test: list[Tensor], segment: int) -> list[Tensor]:
+def held_out(model: Any, test: list[Tensor], rows: int, segment: int) -> list[Tensor]:
     """Bits of every byte of each held-out document, (n,) each."""
-    from remanence.context import document_losses
+    from remanence.context.evaluation import document_losses
 
     model.eval()
-    losses = document_losses(model, test, bos=model.config.bos_token_id, rows=len(test), segment=segment)
+    losses = document_losses(model, test, bos=model.config.bos_token_id, rows=rows, segment=segment)
     return [loss.double() / math.log(2) for loss in losses]
 
 

@@ -41,7 +41,7 @@ STAGES = (0, 1, 2, 4, 8, 10)
 GAPS = (0, 1, 2, 4, 8, 10, 12, 16)
 """G in training, and in the test."""
 
-BATCH, LR, WARM_UP, EASIER, SURE, N_RECENT = 16, 2e-3, 100, 0.3, 0.9, 10
+BATCH, LR, BETAS, WARM_UP, FINAL, EASIER, SURE, N_RECENT = 16, 2e-3, (0.9, 0.98), 100, 600, 0.3, 0.9, 10
 _TEST_BATCH, _CHECKPOINT_STEPS = 64, 50
 
 
@@ -108,6 +108,11 @@ class Curriculum:
         self.seed, self.stage, self.began = seed, 0, [0]
         self.recent: deque[float] = deque(maxlen=N_RECENT)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage has begun."""
+        return self.stage == len(STAGES) - 1
+
     def gap(self, step: int) -> int:
         """G of a step; a pure function of the stage and the step."""
         highest = STAGES[self.stage]
@@ -121,7 +126,7 @@ class Curriculum:
         if gap != STAGES[self.stage]:
             return
         self.recent.append(accuracy)
-        if self.stage < len(STAGES) - 1 and len(self.recent) == N_RECENT and sum(self.recent) / N_RECENT > SURE:
+        if not self.is_last and len(self.recent) == N_RECENT and sum(self.recent) / N_RECENT > SURE:
             self.stage += 1
             self.began.append(step + 1)
             self.recent.clear()
@@ -135,26 +140,37 @@ class Curriculum:
 
 
 class Training:
-    """AdamW at one rate after a warm-up, on batches that the curriculum chooses; ends early when the last stage is mastered.
+    """AdamW on batches that the curriculum chooses.
+
+    The rate warms up, stays, and falls to zero along the last 600 steps: those after the last stage has begun, or those before the limit.
 
     Args:
         model: trained in place.
         seed: key of data and curriculum.
         steps: at most.
-        mastered, for_steps: the training ends when the last stage's answers are right to this share, together, for as many steps.
         folder: for the checkpoint.
     """
 
-    def __init__(self, model: Any, seed: int, steps: int, mastered: float, for_steps: int, folder: Path) -> None:
-        self.model, self.seed, self.steps, self.mastered, self.for_steps = model, seed, steps, mastered, for_steps
+    def __init__(self, model: Any, seed: int, steps: int, folder: Path) -> None:
+        self.model, self.seed, self.steps = model, seed, steps
         self.path = folder / "training.safetensors"
-        self.curriculum, self.optimizer = Curriculum(seed), torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
-        self.step, self.n_mastered, self.cpu_seconds = 0, 0, 0.0
+        self.curriculum, self.optimizer = Curriculum(seed), _optimizer(model)
+        self.step, self.cpu_seconds = 0, 0.0
         self.trace: list[tuple[int, int, float]] = []
+
+    @property
+    def end(self) -> int:
+        """The step at which the training ends, as far as it is known."""
+        return min(self.steps, self.curriculum.began[-1] + FINAL) if self.curriculum.is_last else self.steps
+
+    @property
+    def rate(self) -> float:
+        """Of this step."""
+        return LR * min(1.0, (self.step + 1) / WARM_UP, (self.end - self.step) / FINAL)
 
     def run(self) -> None:
         self._resume()
-        while self.step < self.steps and self.n_mastered < self.for_steps:
+        while self.step < self.end:
             start = time.process_time()
             self._train_step()
             self.cpu_seconds += time.process_time() - start
@@ -171,7 +187,7 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (self.step + 1) / WARM_UP)
+            group["lr"] = self.rate
         self.optimizer.step()
         self._note(gap, (logits.detach().argmax(-1) == made.answers).double().mean().item())
 
@@ -179,16 +195,13 @@ class Training:
         before = self.curriculum.stage
         self.curriculum.note(gap, accuracy, self.step)
         self.step += 1
-        recent = self.curriculum.recent
-        sure = len(recent) == N_RECENT and sum(recent) / N_RECENT > self.mastered
-        self.n_mastered = self.n_mastered + 1 if sure and self.curriculum.stage == len(STAGES) - 1 else 0
         if self.step % 25 == 0:
             self.trace.append((self.step, gap, round(accuracy, 3)))
         if self.curriculum.stage > before:
             print(f"recall, seed {self.seed}: G = {STAGES[self.curriculum.stage]} from step {self.step}", flush=True)
 
     def _save(self) -> None:
-        kept = {"step": self.step, "mastered": self.n_mastered, "cpu_seconds": self.cpu_seconds, "trace": [list(row) for row in self.trace]}
+        kept = {"step": self.step, "cpu_seconds": self.cpu_seconds, "trace": [list(row) for row in self.trace]}
         parts = {"model": self.model.state_dict(), "moments": moments(self.optimizer), "curriculum": self.curriculum.state()}
         save_state(self.path, kept | parts)
 
@@ -199,16 +212,20 @@ class Training:
         self.model.load_state_dict(saved["model"])
         load_moments(self.optimizer, saved["moments"])
         self.curriculum.load(saved["curriculum"])
-        self.step, self.n_mastered, self.cpu_seconds = saved["step"], saved["mastered"], saved["cpu_seconds"]
+        self.step, self.cpu_seconds = saved["step"], saved["cpu_seconds"]
         self.trace = [tuple(row) for row in saved["trace"]]
 
 
-def recall(
-    training: Path, arm: str, model: str, config: dict[str, Any], seed: int, steps: int, n_test: int, mastered: float, for_steps: int
-) -> dict[str, Any]:
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
+
+
+def recall(training: Path, arm: str, model: str, config: dict[str, Any], seed: int, steps: int, n_test: int) -> dict[str, Any]:
     """Train an arm through the curriculum, and test it at every G."""
     made = make(model, {"vocab_size": VOCABULARY, "window": WINDOW} | config, seed)
-    run = Training(made, seed, steps, mastered, for_steps, training)
+    run = Training(made, seed, steps, training)
     run.run()
     return {
         "accuracy": accuracies(made, n_test), "n_test": n_test, "steps": run.step,

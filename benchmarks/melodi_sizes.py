@@ -39,9 +39,6 @@ QUICK = {
     "n_recall": 32, "judged": False,
 }  # fmt: skip
 
-RECALL_MASTERED, RECALL_FOR_STEPS = 0.97, 200
-
-
 class Experiment(NamedTuple):
     about: str
     cells: Callable[[Size], list[Cell]]
@@ -55,8 +52,7 @@ def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **shap
 
 
 def recall_cell(name: str, arm: Arm, seed: int, size: Size) -> Cell:
-    limits = {"steps": size.recall_steps, "n_test": size.n_recall, "mastered": RECALL_MASTERED, "for_steps": RECALL_FOR_STEPS}
-    return Cell("recall", {"arm": name, "seed": seed, **arm._asdict(), **limits})
+    return Cell("recall", {"arm": name, "seed": seed, **arm._asdict(), "steps": size.recall_steps, "n_test": size.n_recall})
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------------
