@@ -49,8 +49,8 @@ ABLATED_ONCE = {
 }
 """A3, one seed; the full model has its queue in layer 2, L = 8, a static gate and the strict mask."""
 
-FULL_ATTENTION = Arm("TransformerXL", {"cache": 0, "window": 4096})
-"""A4: windows of 4,096 bytes, in which every byte sees all before it."""
+FULL_ATTENTION = XL.but(cache=4096)
+"""A4: every layer sees all of the last 4,096 bytes, from the document's first to its last; as far as MELODI's queue reaches back."""
 
 RECALL_MELODI = Arm("MelodiLM", {"short": 8, "long_per_window": 8, "long_windows": 32, "long_layers": [2]})
 RECALL = {"melodi": RECALL_MELODI, "transformer-xl": XL.but(cache=32), "windowed": XL.but(cache=0)}

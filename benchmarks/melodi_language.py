@@ -7,6 +7,7 @@ none of it lost to their end. A cell keeps the bits of every book in bins of 1,0
 
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ ROWS, SEGMENT, LR = 8, 512, 2e-3
 _CHECKPOINT_STEPS = 50
 
 
+@lru_cache(maxsize=1)
 def documents(corpus: str, n_train_bytes: int, n_test_bytes: int) -> tuple[list[Tensor], list[Tensor]]:
     """Ids of the documents to train on and of the held-out ones, each cut to its first bytes.
 
@@ -30,8 +32,8 @@ def documents(corpus: str, n_train_bytes: int, n_test_bytes: int) -> tuple[list[
     from remanence.streams import books, byte_ids, python_sources
 
     source = {"books": books, "python": python_sources}[corpus]()
-    train = [byte_ids(text)[:n_train_bytes] for text in source.train]
-    return train, [byte_ids(text)[:n_test_bytes] for text in source.test]
+    train = [byte_ids(text[:n_train_bytes])[:n_train_bytes] for text in source.train]  # a character is a byte or more
+    return train, [byte_ids(text[:n_test_bytes])[:n_test_bytes] for text in source.test]
 
 
 def language(
@@ -55,7 +57,11 @@ def language(
 
 
 def train_on(model: Any, train: list[Tensor], folder: Path, arm: str, seed: int, steps: int, rows: int, segment: int) -> dict[str, Any]:
-    """Train in place, from the folder's checkpoint where there is one; bits per byte of every 25 steps, and CPU seconds a step."""
+    """Train in place, from the folder's checkpoint where there is one.
+
+    Returns:
+        What was trained on how much; bits per byte of every 25th step, and CPU seconds a step, both since the process began.
+    """
     from remanence.context.documents import DocumentReader
     from remanence.context.training import ContextTrainer
 
@@ -68,7 +74,7 @@ def train_on(model: Any, train: list[Tensor], folder: Path, arm: str, seed: int,
             trace.append((progress.step, round(float(progress.loss) / math.log(2), 4)))
         if progress.step % 100 == 0:
             print(f"{arm}, seed {seed}: step {progress.step} of {steps}, {trace[-1][1]} bits per byte", flush=True)
-    seconds = (time.process_time() - start) / n_steps if n_steps else None  # of the steps since the last start
+    seconds = (time.process_time() - start) / n_steps if n_steps else None
     return {"steps": steps, "n_trained_tokens": steps * rows * segment, "cpu_seconds_per_step": seconds, "trace": trace}
 
 

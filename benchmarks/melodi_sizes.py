@@ -45,10 +45,9 @@ class Experiment(NamedTuple):
     judge: Callable[[Bench, Size], Judged]
 
 
-def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **shape: int) -> Cell:
-    """A language model; `shape` is rows and segment where they are not 8 and 512."""
+def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size) -> Cell:
     data = {"corpus": size.corpus, "n_train_bytes": size.n_train_bytes, "n_test_bytes": size.n_test_bytes}
-    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data, **shape})
+    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data})
 
 
 def recall_cell(name: str, arm: Arm, seed: int, size: Size) -> Cell:
