@@ -1,5 +1,6 @@
 """Knowledge in the context: models that read documents of any length and carry a state of bounded size."""
 
+from remanence.context.attach import AttachedMelodi, AttachedMelodiConfig, AttachedMelodiState, attach_melodi, load_attached
 from remanence.context.configuration import ContextConfig, MelodiConfig, TransformerXLConfig
 from remanence.context.documents import DocumentReader, Segment
 from remanence.context.evaluation import bits_by_position, document_losses
@@ -10,6 +11,9 @@ from remanence.context.training import ContextTrainer
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState
 
 __all__ = [
+    "AttachedMelodi",
+    "AttachedMelodiConfig",
+    "AttachedMelodiState",
     "ContextConfig",
     "ContextLM",
     "ContextState",
@@ -22,8 +26,10 @@ __all__ = [
     "TransformerXL",
     "TransformerXLConfig",
     "TransformerXLState",
+    "attach_melodi",
     "bits_by_position",
     "document_losses",
+    "load_attached",
     "load_context_model",
     "load_context_state",
     "save_context_state",
