@@ -1,11 +1,13 @@
 """Knowledge in the context: models that read documents of any length and carry a state of bounded size."""
 
 from remanence.context.attach import AttachedMelodi, AttachedMelodiConfig, AttachedMelodiState, attach_melodi, load_attached
-from remanence.context.configuration import ContextConfig, MelodiConfig, TransformerXLConfig
+from remanence.context.block_recurrent import BlockRecurrentState, BlockRecurrentTransformer
+from remanence.context.configuration import BlockRecurrentConfig, ContextConfig, MelodiConfig, MemorizingConfig, TransformerXLConfig
 from remanence.context.documents import DocumentReader, Segment
 from remanence.context.evaluation import bits_by_position, document_losses
 from remanence.context.language_model import ContextLM, load_context_model
 from remanence.context.melodi import MelodiLM, MelodiState
+from remanence.context.memorizing import MemorizingState, MemorizingTransformer
 from remanence.context.state import ContextState, load_context_state, save_context_state
 from remanence.context.training import ContextTrainer
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState
@@ -14,6 +16,9 @@ __all__ = [
     "AttachedMelodi",
     "AttachedMelodiConfig",
     "AttachedMelodiState",
+    "BlockRecurrentConfig",
+    "BlockRecurrentState",
+    "BlockRecurrentTransformer",
     "ContextConfig",
     "ContextLM",
     "ContextState",
@@ -22,6 +27,9 @@ __all__ = [
     "MelodiConfig",
     "MelodiLM",
     "MelodiState",
+    "MemorizingConfig",
+    "MemorizingState",
+    "MemorizingTransformer",
     "Segment",
     "TransformerXL",
     "TransformerXLConfig",

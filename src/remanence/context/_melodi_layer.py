@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
+from remanence.context._ring import RingView, committed
 from remanence.context.body import FLOOR, Attention, FeedForward, PositionBias, RMSNorm, attend, put, seen, with_sink
 from remanence.context.state import spread
-
-NEVER = -1
-"""Number of a window that no place of a ring came from."""
 
 
 class TokenMixer(nn.Module):
@@ -30,11 +28,11 @@ class TokenMixer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(width) if norm else nn.Identity()
         self.weight = nn.Parameter(torch.randn(n_out, n_in) * n_in**-0.5)
-        self.bias = nn.Parameter(torch.zeros(n_out, 1))
+        self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, y: Tensor) -> Tensor:
         """(..., n_in, d) -> (..., n_out, d)."""
-        mixed: Tensor = self.weight @ self.norm(y) + self.bias
+        mixed: Tensor = self.weight @ self.norm(y) + self.bias[:, None]
         return mixed
 
 
@@ -53,7 +51,7 @@ class LongGate(nn.Module):
     def forward(self, near: Tensor, far: Tensor, y: Tensor) -> Tensor:
         """near, far (B, h, T, e), y (B, T, d) the layer's input -> (B, h, T, e)."""
         logit = self.logit if self.token is None else self.logit + self.token(y).unflatten(-1, (near.shape[1], -1)).transpose(1, 2)
-        return torch.lerp(far, near, logit.sigmoid().expand_as(near))
+        return far + logit.sigmoid() * (near - far)
 
 
 class Far(NamedTuple):
@@ -67,8 +65,8 @@ class Far(NamedTuple):
 def queue_bias(is_seen: Tensor, n_all: int, empty: str) -> Tensor:
     """The mask over a queue's tokens, is_seen (B, P), as a bias (B, 1, 1, 1 + P) with the sink.
 
-    With `empty="zero"` the tokens that are missing of `n_all` are read as zeros, as in the released code: so many keys with the logit 0 and no
-    value weigh as much as a sink with the logarithm of their number.
+    With `empty="zero"` the tokens that are missing of `n_all` are read as zeros, as in the released code: so many keys with the logit 0
+    and no value weigh as much as a sink with the logarithm of their number.
     """
     bias = seen(is_seen)
     if empty == "zero":
@@ -88,33 +86,29 @@ class Queue:
     """
 
     def __init__(self, layer: "MelodiLayer", ring: Tensor, window: Tensor, layout: Layout) -> None:
-        self.layer, self.layout = layer, layout
-        self.n_kept, self.n_long = ring.shape[1:3]
-        n_used = int((window >= 0).sum(1).max()) if bool((window >= 0).any()) else 0
-        n_used = n_used if bool((window[:, n_used:] < 0).all()) else self.n_kept  # a ring fills from its beginning, unless parts were taken out
-        self.keys, self.values = layer.queue_memory(ring[:, :n_used])
-        self.window = window[:, :n_used]
-        self.document = torch.zeros_like(self.window)
+        self.layer, self.ring, self.windows = layer, ring, window
+        self.view, self.n_long = RingView(window, layout), ring.shape[2]
+        self.keys, self.values = layer.queue_memory(ring[:, : self.view.n_used])
         self.added: list[Tensor] = []
 
     def read(self, number: int) -> Far | None:
         """What the call's window `number` sees, exactly the Q windows before it; None when no row sees any."""
-        index, resets = self.layout.index[:, number, None], self.layout.resets[:, number, None]
-        is_seen = (self.document == resets) & (self.window >= 0) & (self.window < index) & (self.window >= index - self.n_kept)
+        is_seen = self.view.seen(number)
         if self.layer.empty == "mask" and not bool(is_seen.any()):
             return None
         tokens = is_seen.repeat_interleave(self.n_long, 1)
-        return Far(self.keys, self.values, queue_bias(tokens, self.n_kept * self.n_long, self.layer.empty))
+        return Far(self.keys, self.values, queue_bias(tokens, self.view.n_kept * self.n_long, self.layer.empty))
 
     def add(self, number: int, tokens: Tensor) -> None:
-        """The window's long tokens (B, L, d) join; those of rows where it is not complete are never seen."""
+        """The window's long tokens (B, L, d) join."""
         keys, values = self.layer.attention.memory(tokens)
         self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        layout = self.layout
-        written = torch.where(layout.is_full[:, number], layout.index[:, number], NEVER)
-        self.window = torch.cat([self.window, written[:, None]], 1)
-        self.document = torch.cat([self.document, layout.resets[:, number, None]], 1)
+        self.view.add(number)
         self.added.append(tokens)
+
+    def committed(self) -> tuple[Tensor, Tensor]:
+        """The ring (B, Q, L, d) and its windows (B, Q) after the call."""
+        return committed(self.ring, self.windows, torch.stack(self.added, dim=1), self.view.layout)
 
 
 class MelodiLayer(nn.Module):
@@ -142,15 +136,15 @@ class MelodiLayer(nn.Module):
 
     def forward(self, y: Tensor, short: Tensor, queue: Queue | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """Tokens and summary of all windows y (B, K, W + U, d), short (B, S, d) -> the same after the layer."""
-        query, key, value = self.attention(y)
         bias = self.bias(y.shape[2])
         done = []
-        for number in range(layout.n_windows):
+        # unbound at once: the backward of an index into all windows would fill and add all of them for each
+        windows = zip(y.unbind(1), *(part.unbind(1) for part in self.attention(y)), strict=True)
+        for number, (each, query, key, value) in enumerate(windows):
             short, mask = self._before(short, bias, layout, number)
-            past = self.attention.memory(short)
-            near = self.near(query[:, number], past, (key[:, number], value[:, number]), mask)
-            read = near if queue is None else self.far(near, query[:, number], y[:, number], queue.read(number))
-            each = self.feed_forward(y[:, number] + self.attention.out(self.attention.merge(read)))
+            near = self.near(query, self.attention.memory(short), (key, value), mask)
+            read = near if queue is None else self.far(near, query, each, queue.read(number))
+            each = self.feed_forward(each + self.attention.out(self.attention.merge(read)))
             short = self._after(short, each, layout, number)
             if queue is not None and self.mix_long is not None:
                 queue.add(number, self.mix_long(each))
@@ -159,7 +153,7 @@ class MelodiLayer(nn.Module):
 
     def bias(self, n_queries: int) -> Tensor:
         """(h, T, 1 + S + T): distances, the causal mask and the sink."""
-        return self.position(n_queries, self.short, self.attention.temperature)  # type: ignore[no-any-return]
+        return self.position(n_queries, self.short, self.attention.scale)  # type: ignore[no-any-return]
 
     def near(self, query: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         """Queries (B, h, T, e) over short-term memory and the window itself, keys and values (B, h, P, e) each."""

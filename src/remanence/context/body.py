@@ -54,12 +54,17 @@ class Attention(nn.Module):
         self.norm = RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(n_reads * width, width, bias=False)
-        self.temperature = nn.Parameter(torch.full((self.n_heads, 1, 1), float(config.initial_temperature)))
+        self.temperature = nn.Parameter(torch.full((self.n_heads,), float(config.initial_temperature)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., T, d) -> queries, keys, values, each (..., h, T, e)."""
         query, key, value = self._heads(self.qkv(self.norm(x)), 3)
-        return unit(query) * self.temperature.abs(), unit(key), value
+        return unit(query) * self.scale, unit(key), value
+
+    @property
+    def scale(self) -> Tensor:
+        """What products and biases are multiplied by, (h, 1, 1)."""
+        return self.temperature.abs()[:, None, None]
 
     def memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., T, d) -> keys, values, each (..., h, T, e), by the same weights."""
@@ -86,10 +91,14 @@ def with_sink(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 1, 0))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, (..., h, T, e) over (..., h, P, e); `bias` is added to the logits and holds the masks."""
-    # torch reads a mask of another dtype than the queries' wrongly, without a word
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), scale=1.0)
+    if bias is not None:
+        bias = bias.to(query.dtype)  # torch reads a mask of another dtype than the queries' wrongly, without a word
+    if query.is_cpu and torch.is_grad_enabled():  # the fused kernel's backward takes two to three times as long there
+        logits = query @ key.mT
+        return (logits if bias is None else logits + bias).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
 
 
 class PositionBias(nn.Module):
@@ -103,18 +112,17 @@ class PositionBias(nn.Module):
         self.attend_self = config.attend_self
         self.table = nn.Parameter(torch.zeros(_N_BUCKETS, config.num_attention_heads))
 
-    def forward(self, n_queries: int, n_past: int, temperature: Tensor, reach: int | None = None) -> Tensor:
+    def forward(self, n_queries: int, n_past: int, scale: Tensor, reach: int | None = None) -> Tensor:
         """The matrix (h, T, 1 + P + T) that is added to the logits: -inf where a key is not seen.
 
         Args:
             n_queries: T; the last T keys are their own.
             n_past: P keys before them.
-            temperature: (h, 1, 1), which multiplies the bias as it multiplies the products.
+            scale: (h, 1, 1), multiplies the bias as it multiplies the products.
             reach: how many previous tokens a token sees; None is all.
         """
         buckets, mask = _matrix(n_queries, n_past, self.attend_self, reach, self.table.device)
-        bias = self.table.T[:, buckets] * temperature.abs()
-        return bias + mask
+        return self.table.T[:, buckets] * scale + mask
 
 
 @lru_cache(maxsize=64)

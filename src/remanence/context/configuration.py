@@ -177,7 +177,7 @@ class MelodiConfig(ContextConfig):
         long_per_window: L, tokens that each window adds to the queue; 0 leaves the queue out.
         long_windows: Q, windows kept in the queue; 0 leaves it out.
         long_layers: the layers with a queue, counted from 0; the paper has the middle one.
-        gate: how a long layer weighs its two reads: "static" per head and channel (the paper), or "token" from each token's features (ours).
+        gate: how a long layer weighs its two reads: "static" per head and channel (the paper), or "token" from each token (ours).
         empty: whether memory that was never written is masked (ours), or read as zeros (the released code).
         branching: separate mixers for the next layer's summary and for the short-term memory; without it one makes both, and S = U.
         mixer_residual: the mixers' output is added to the layer's summary, for the short-term memory where S = U.

@@ -159,7 +159,8 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         logits, state = self(tokens, state, lengths, reset)
         if targets.shape != tokens.shape or not bool((targets >= 0).any()):
             n_counted = int((targets >= 0).sum())
-            raise DataError(f"loss: targets {tuple(targets.shape)} with {n_counted} to count for tokens {tuple(tokens.shape)}; one for each.")
+            shapes = f"{tuple(targets.shape)} for tokens {tuple(tokens.shape)}"
+            raise DataError(f"loss: targets {shapes}, {n_counted} of them to count; give one for each token, and one at least to count.")
         labels = targets.masked_fill(targets < 0, -100).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100), state
 
@@ -167,7 +168,7 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise DataError(f"tokens: {tuple(tokens.shape)} of {tokens.dtype}; give ids (B, T) as int64.")
         batch, length = tokens.shape
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.vocab_size):
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
             span = f"{int(tokens.min())} to {int(tokens.max())}"
             raise DataError(f"tokens: ids {span}, the vocabulary has 0 to {self.config.vocab_size - 1}; pad with any id and give lengths.")
         if lengths is not None and (lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > length)).any())):

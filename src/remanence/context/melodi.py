@@ -3,9 +3,9 @@
     model = MelodiLM(MelodiConfig(window=64, short=12, long_per_window=8, long_windows=64))
     logits, state = model(tokens, model.init_state(batch=2))
 
-Summary tokens u travel behind a window's tokens x through all layers: they see everything, x never sees them. After each layer a linear mixer
-over the token axis makes of [x; u] the next layer's u, the layer's short-term memory z for the next window, and, in a long layer, the tokens
-that join the queue. A window costs the same however much was read.
+Summary tokens u travel behind a window's tokens x through all layers: they see everything, x never sees them. After each layer linear
+mixers over the token axis make of [x; u] the next layer's u, the layer's short-term memory z for the next window, and, in a long layer,
+the tokens that join the queue. A window costs the same however much was read.
 
 Layer by layer, all windows of a call are projected in one product; only attention, MLP and the mixer of z go window by window, because z of
 one window is read by the next.
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
-from remanence.context._melodi_layer import NEVER, Far, MelodiLayer, Queue, queue_bias
+from remanence.context._melodi_layer import Far, MelodiLayer, Queue, queue_bias
+from remanence.context._ring import NEVER
 from remanence.context.configuration import MelodiConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
@@ -104,22 +105,11 @@ class MelodiLM(ContextLM):
                 queues.append(queue)
             y, short = layer(y, state.short[:, number].to(x.dtype), queue, layout)
             shorts.append(short)
-        return y[:, :, : self.config.window], {"short": torch.stack(shorts, dim=1)} | self._enqueued(state, queues, layout)
-
-    def _enqueued(self, state: Any, queues: list[Queue], layout: Layout) -> dict[str, Tensor]:
-        """The rings after the call; a window that a later one of the same call pushed out is never written."""
-        if not queues:
-            return {"long": state.long, "long_window": state.long_window}
-        place = torch.arange(self.config.long_windows, device=layout.index.device)
-        last = torch.where(layout.writes, layout.index, NEVER).amax(1, keepdim=True)
-        newest = last - (last - place) % self.config.long_windows  # the latest window that falls on each place (B, Q)
-        comes = (layout.index[:, :, None] == newest[:, None]) & layout.writes[:, :, None]  # (B, K, Q)
-        is_new, source = comes.any(1), comes.int().argmax(1)
-        added = torch.stack([torch.stack(queue.added, dim=1) for queue in queues], dim=1)  # (B, M, K, L, d)
-        chosen = added.gather(2, source[:, None, :, None, None].expand(-1, added.shape[1], -1, *added.shape[3:]))
-        held = torch.where(layout.n_begun[:, None] > 0, NEVER, state.long_window)
-        old = torch.where(held[:, None, :, None, None] >= 0, state.long.to(added.dtype), 0.0)
-        return {"long": torch.where(is_new[:, None, :, None, None], chosen, old), "long_window": torch.where(is_new, newest, held)}
+        memory = {"short": torch.stack(shorts, dim=1), "long": state.long, "long_window": state.long_window}
+        if queues:
+            rings, windows = zip(*(queue.committed() for queue in queues), strict=True)
+            memory |= {"long": torch.stack(rings, dim=1), "long_window": windows[0]}
+        return y[:, :, : self.config.window], memory
 
     def _derive(self, state: Any) -> dict[str, Tensor]:
         found = {}

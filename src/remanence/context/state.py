@@ -156,7 +156,7 @@ class ContextState:
         """
         names = {field.name for field in fields(cls)} - {"cache"}
         if set(state) != names:
-            raise StateMismatchError(f"{cls.__name__} has the fields {sorted(names)}; got {sorted(state)}. Load it with the model it is of.")
+            raise StateMismatchError(f"{cls.__name__} has the fields {sorted(names)}; got {sorted(state)}. Load it with its own model.")
         return cls(**{name: state[name].detach().clone() for name in names}, cache=None)
 
     # --- every tensor ------------------------------------------------------------------------------------------

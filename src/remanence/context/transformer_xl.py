@@ -71,7 +71,7 @@ class WindowLayer(nn.Module):
     def bias(self) -> Tensor:
         """(h, W, 1 + C + W)."""
         reach = self.cache or None
-        return self.position(self.window, self.cache, self.attention.temperature, reach)
+        return self.position(self.window, self.cache, self.attention.scale, reach)
 
     def _cold(self, index: Tensor) -> Tensor:
         """Masks the part of the cache that lies before the document: index (...) -> (..., 1, 1, 1 + C + W)."""
@@ -100,7 +100,8 @@ class WindowLayer(nn.Module):
         """A few tokens x (B, t, d) of one window, whose keys and values are put into `cache`, each (B, h, W, e)."""
         query, key, value = self.attention(x)
         put(cache, key, value, place)
-        read = attend(query, with_sink(torch.cat([keys, cache[0]], 2)), with_sink(torch.cat([values, cache[1]], 2)), self._rows(state, place))
+        all_keys, all_values = with_sink(torch.cat([keys, cache[0]], 2)), with_sink(torch.cat([values, cache[1]], 2))
+        read = attend(query, all_keys, all_values, self._rows(state, place))
         return self.feed_forward(x + self.attention.out(self.attention.merge(read)))  # type: ignore[no-any-return]
 
     def _rows(self, state: ContextState, place: Tensor) -> Tensor:
