@@ -2,7 +2,7 @@
 
 Of every training book the first 160,000 bytes are read, so that the 4.1 million bytes of a full run pass once through all 28 books, not
 deep into eight of them; of every held-out book the first 65,536 bytes are scored, every one, with an empty memory at their beginning and
-none of it lost to their end. A cell keeps the bits of every book in bins of 1,024 bytes by position: what is asked later is a sum of these.
+none of it lost to their end. Products of training are in bfloat16 for all arms, scoring is in float32. A cell keeps the bits of every book in bins of 1,024 bytes by position: what is asked later is a sum of these.
 """
 
 import math
@@ -66,7 +66,7 @@ def train_on(model: Any, train: list[Tensor], folder: Path, arm: str, seed: int,
     from remanence.context.training import ContextTrainer
 
     reader = DocumentReader(train, rows, segment, bos=model.config.bos_token_id, seed=seed)
-    trainer = ContextTrainer(model, reader, steps, lr=LR, folder=folder, save_every=_CHECKPOINT_STEPS)
+    trainer = ContextTrainer(model, reader, steps, lr=LR, folder=folder, save_every=_CHECKPOINT_STEPS, autocast=True)
     start, n_steps, trace = time.process_time(), 0, []
     for progress in trainer.run():
         n_steps += 1
