@@ -50,7 +50,7 @@ class LongGate(nn.Module):
 
     def forward(self, near: Tensor, far: Tensor, y: Tensor) -> Tensor:
         """near, far (B, h, T, e), y (B, T, d) the layer's input -> (B, h, T, e)."""
-        logit = self.logit if self.token is None else self.logit + self.token(y).unflatten(-1, (near.shape[1], -1)).transpose(1, 2)
+        logit = self.logit if self.token is None else self.logit + self.token(y).view(*y.shape[:2], near.shape[1], -1).transpose(1, 2)
         return far + logit.sigmoid() * (near - far)
 
 
@@ -198,7 +198,7 @@ class MelodiLayer(nn.Module):
         mixer = self.mix_summary or self.mix_short  # without branching the next layer's summary is the short-term memory
         if not self.mixes_summary or mixer is None:
             return y
-        tokens, summary = y.split([self.window, self.summary], dim=2)
+        tokens, summary = torch.split(y, [self.window, self.summary], dim=2)
         mixed = mixer(y)
         return torch.cat([tokens, mixed + summary if self.residual else mixed], dim=2)
 

@@ -13,14 +13,14 @@ Axes: B rows; K windows of a call; W tokens of a window; C cached tokens; R stat
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
 from remanence.context.body import Attention, RMSNorm, attend, put, unit, with_sink
-from remanence.context.configuration import BlockRecurrentConfig
+from remanence.context.configuration import BlockRecurrentConfig, ContextConfig
 from remanence.context.state import ContextState, spread
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState, WindowLayer
 
@@ -76,12 +76,12 @@ class RecurrentLayer(WindowLayer):
 
     def _crossed(self, x: Tensor, states: Tensor) -> Tensor:
         """What tokens x (..., T, d) read from states (..., R, d), (..., h, T, e)."""
-        (query,) = self.attention._heads(self.across(self.attention.norm(x)), 1)
+        (query,) = self.attention.heads(self.across(self.attention.norm(x)), 1)
         keys, values = self._memory(self.state_norm(states + self.place))
         return self._attend(query, keys, values)
 
     def _memory(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.attention._heads(self.state_memory(normed), 2)
+        keys, values = self.attention.heads(self.state_memory(normed), 2)
         return unit(keys), values
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class RecurrentLayer(WindowLayer):
     def _rewritten(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The state after a window with these keys and values (B, h, W, e)."""
         normed = self.state_norm(states + self.place)
-        to_self, to_tokens = self.attention._heads(self.state_queries(normed), 2)
+        to_self, to_tokens = self.attention.heads(self.state_queries(normed), 2)
         reads = self._attend(to_self, *self._memory(normed)), self._attend(to_tokens, key, value)
-        new = self.state_out(torch.cat([self.attention.merge(read) for read in reads], dim=-1))
+        new: Tensor = self.state_out(torch.cat([self.attention.merge(read) for read in reads], dim=-1))
         return new + self.gate.sigmoid() * (states - new)
 
     def extend_with(
@@ -120,12 +120,12 @@ class BlockRecurrentTransformer(TransformerXL):
         True
     """
 
-    config_class = BlockRecurrentConfig
-    state_class: type[ContextState] = BlockRecurrentState
+    config_class: ClassVar[type[ContextConfig]] = BlockRecurrentConfig
+    state_class: ClassVar[type[ContextState]] = BlockRecurrentState
 
     def _build(self, config: Any) -> None:
         are_recurrent = (layer == config.recurrent_layer for layer in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(RecurrentLayer(config) if each else WindowLayer(config, config.cache) for each in are_recurrent)
+        self.layers: Any = nn.ModuleList(RecurrentLayer(config) if each else WindowLayer(config, config.cache) for each in are_recurrent)
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         return super()._empty(batch) | {"states": torch.zeros(batch, self.config.states, self.config.hidden_size)}

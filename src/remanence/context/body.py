@@ -35,7 +35,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         hidden = F.relu(self.wide(self.norm(x)))
-        return x + self.dropout(self.narrow(hidden))
+        added: Tensor = self.dropout(self.narrow(hidden))
+        return x + added
 
 
 class Attention(nn.Module):
@@ -50,7 +51,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, n_reads: int = 1) -> None:
         super().__init__()
-        self.n_heads, width = config.num_attention_heads, config.hidden_size
+        self.n_heads, self.head_size, width = config.num_attention_heads, config.head_size, config.hidden_size
         self.norm = RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(n_reads * width, width, bias=False)
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., T, d) -> queries, keys, values, each (..., h, T, e)."""
-        query, key, value = self._heads(self.qkv(self.norm(x)), 3)
+        query, key, value = self.heads(self.qkv(self.norm(x)), 3)
         return unit(query) * self.scale, unit(key), value
 
     @property
@@ -69,16 +70,17 @@ class Attention(nn.Module):
     def memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., T, d) -> keys, values, each (..., h, T, e), by the same weights."""
         width = x.shape[-1]
-        key, value = self._heads(F.linear(self.norm(x), self.qkv.weight[width:]), 2)
+        key, value = self.heads(F.linear(self.norm(x), self.qkv.weight[width:]), 2)
         return unit(key), value
 
     def merge(self, read: Tensor) -> Tensor:
         """(..., h, T, e) -> (..., T, h e)."""
         return read.transpose(-3, -2).flatten(-2)
 
-    def _heads(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
-        parts = x.unflatten(-1, (n, self.n_heads, -1)).movedim(-3, 0).transpose(-3, -2)
-        return parts.unbind(0)
+    def heads(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        """x (..., T, n d) -> n of (..., h, T, e)."""
+        parts = x.view(*x.shape[:-1], n, self.n_heads, self.head_size).transpose(-4, -2)  # (..., h, n, T, e)
+        return torch.unbind(parts, dim=-3)
 
 
 def unit(x: Tensor) -> Tensor:

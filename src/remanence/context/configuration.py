@@ -58,7 +58,7 @@ class ContextConfig(PreTrainedConfig):  # type: ignore[misc]
         known = {field.name for field in fields(PreTrainedConfig)} | _COMMON
         for key in others:
             if key not in known and not key.startswith("_"):
-                ours = [name for kind in type(self).__mro__ if "__init__" in vars(kind) for name in signature(kind.__init__).parameters]
+                ours = [name for kind in type(self).__mro__ if "__init__" in vars(kind) for name in signature(kind).parameters]
                 settings = {name for name in ours if name not in ("self", "others", "args", "kwargs")}
                 self._refuse(f"there is no setting '{key}'.{nearest(key, settings - known)}")
 

@@ -38,7 +38,7 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         config: its sizes.
     """
 
-    config_class = ContextConfig
+    config_class: ClassVar[type[ContextConfig]] = ContextConfig
     base_model_prefix = "reader"
     main_input_name = "tokens"
     _no_split_modules: ClassVar[list[str]] = []

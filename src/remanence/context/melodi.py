@@ -18,7 +18,7 @@ d width; n layers.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from remanence.context._layout import Layout
 from remanence.context._melodi_layer import Far, MelodiLayer, Queue, queue_bias
 from remanence.context._ring import NEVER
-from remanence.context.configuration import MelodiConfig
+from remanence.context.configuration import ContextConfig, MelodiConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
 
@@ -77,13 +77,13 @@ class MelodiLM(ContextLM):
         ([[0, 1, -1]], True)
     """
 
-    config_class = MelodiConfig
-    state_class = MelodiState
+    config_class: ClassVar[type[ContextConfig]] = MelodiConfig
+    state_class: ClassVar[type[ContextState]] = MelodiState
 
     def _build(self, config: Any) -> None:
         n, long = config.num_hidden_layers, config.long_layers if config.queue else []
         self.seeds = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.summary, config.hidden_size), std=0.25))
-        self.layers = nn.ModuleList(MelodiLayer(config, layer in long, layer == n - 1) for layer in range(n))
+        self.layers: Any = nn.ModuleList(MelodiLayer(config, layer in long, layer == n - 1) for layer in range(n))
         self.place_of = {layer: place for place, layer in enumerate(long)}
 
     def _empty(self, batch: int) -> dict[str, Tensor]:

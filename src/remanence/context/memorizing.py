@@ -13,7 +13,7 @@ Axes: B rows; K windows of a call; W tokens of a window; N tokens of memory; d w
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from remanence.context._layout import Layout
 from remanence.context._ring import NEVER, RingView, committed
 from remanence.context.body import FLOOR, Attention, FeedForward, attend, put, with_sink
-from remanence.context.configuration import MemorizingConfig
+from remanence.context.configuration import ContextConfig, MemorizingConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
 from remanence.context.transformer_xl import WindowLayer
@@ -114,12 +114,12 @@ class MemorizingTransformer(ContextLM):
         ([[0, 1, -1]], True)
     """
 
-    config_class = MemorizingConfig
-    state_class = MemorizingState
+    config_class: ClassVar[type[ContextConfig]] = MemorizingConfig
+    state_class: ClassVar[type[ContextState]] = MemorizingState
 
     def _build(self, config: Any) -> None:
         are_long = (layer == config.memory_layer for layer in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(MemoryLayer(config) if each else WindowLayer(config, config.cache) for each in are_long)
+        self.layers: Any = nn.ModuleList(MemoryLayer(config) if each else WindowLayer(config, config.cache) for each in are_long)
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config

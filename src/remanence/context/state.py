@@ -120,7 +120,7 @@ class ContextState:
         if len({type(part) for part in parts}) > 1 or any(shape != shapes[0] for shape in shapes):
             kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
             raise DataError(f"join: states of different models ({kinds}) have different shapes; join states of one configuration.")
-        joined = {name: torch.cat([part._tensors()[name] for part in parts]) for name in shapes[0]}
+        joined: dict[str, Any] = {name: torch.cat([part._tensors()[name] for part in parts]) for name in shapes[0]}
         return replace(parts[0], **joined)
 
     def reset(self, rows: Tensor) -> Self:
@@ -190,10 +190,17 @@ class _Model(Protocol):
     def restore_state(self, state: State) -> ContextState: ...
 
 
-def save_context_state(path: str | Path, state: ContextState, model: _Model) -> None:
-    """Save a state to one safetensors file, whole or not at all, with the fingerprint of its model's configuration."""
+def save_context_state(path: str | Path, state: ContextState, model: _Model, about: dict[str, Any] | None = None) -> None:
+    """Save a state to one safetensors file, whole or not at all, with the fingerprint of its model's configuration.
+
+    Args:
+        path: the file; its folder is made when absent.
+        state: of any number of rows; its cache is left out.
+        model: whose state it is.
+        about: JSON values to keep beside it under "about", whose state it is for instance; `remanence.state.load_values` reads them alone.
+    """
     header = {"format": _FORMAT, "fingerprint": model.config.fingerprint(), "model_type": model.config.model_type}
-    save_state(Path(path), header | {"state": state.state_dict()})
+    save_state(Path(path), header | {"about": about or {}, "state": state.state_dict()})
 
 
 def load_context_state(path: str | Path, model: _Model) -> Any:

@@ -10,14 +10,14 @@ Axes: B rows; K windows; W tokens of a window; C cached tokens; d width; h heads
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
 from remanence.context.body import Attention, FeedForward, PositionBias, attend, put, with_sink
-from remanence.context.configuration import TransformerXLConfig
+from remanence.context.configuration import ContextConfig, TransformerXLConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
 
@@ -66,12 +66,12 @@ class WindowLayer(nn.Module):
             bias = bias + self._cold(layout.index)
             bias = bias.flatten(0, 1)
         read = attend(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), bias)
-        return read.unflatten(0, query.shape[:2])
+        return read.view_as(query)
 
     def bias(self) -> Tensor:
         """(h, W, 1 + C + W)."""
-        reach = self.cache or None
-        return self.position(self.window, self.cache, self.attention.scale, reach)
+        bias: Tensor = self.position(self.window, self.cache, self.attention.scale, self.cache or None)
+        return bias
 
     def _cold(self, index: Tensor) -> Tensor:
         """Masks the part of the cache that lies before the document: index (...) -> (..., 1, 1, 1 + C + W)."""
@@ -127,11 +127,11 @@ class TransformerXL(ContextLM):
         (torch.Size([1, 10, 257]), True)
     """
 
-    config_class = TransformerXLConfig
-    state_class = TransformerXLState
+    config_class: ClassVar[type[ContextConfig]] = TransformerXLConfig
+    state_class: ClassVar[type[ContextState]] = TransformerXLState
 
     def _build(self, config: Any) -> None:
-        self.layers = nn.ModuleList(WindowLayer(config, config.cache) for _ in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(WindowLayer(config, config.cache) for _ in range(config.num_hidden_layers))
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config
