@@ -7,6 +7,7 @@ JSON into the file's header, so that a checkpoint is a single file and a rename 
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,24 @@ def load_state(path: Path) -> State:
     Raises:
         StateMismatchError: the file is not a whole state file.
     """
+    return _read(path, with_tensors=True)
+
+
+def load_values(path: Path) -> State:
+    """What `save_state` wrote with None for every tensor; only the file's header is read.
+
+    Raises:
+        StateMismatchError: the file is not a whole state file.
+    """
+    return _read(path, with_tensors=False)
+
+
+def _read(path: Path, with_tensors: bool) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             skeleton = json.loads((file.metadata() or {})["state"])
-            loaded: State = _unflatten(skeleton, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) if with_tensors else None for key in file.keys()}  # noqa: SIM118
+            loaded: State = _unflatten(skeleton, tensors)
             return loaded
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise StateMismatchError(f"{path} is not a whole remanence state ({error}). Delete it to begin again.") from error
@@ -158,7 +173,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"'{path}' holds a {type(value).__name__}; a state holds tensors and JSON values only")
 
 
-def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unflatten(value: Any, tensors: Mapping[str, Tensor | None]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]

@@ -8,7 +8,9 @@ from remanence.context.evaluation import bits_by_position, document_losses
 from remanence.context.language_model import ContextLM, load_context_model
 from remanence.context.melodi import MelodiLM, MelodiState
 from remanence.context.memorizing import MemorizingState, MemorizingTransformer
+from remanence.context.reading import Reading, begin_reading, load_reading, read_on, save_reading
 from remanence.context.state import ContextState, load_context_state, save_context_state
+from remanence.context.store import StateStore
 from remanence.context.training import ContextTrainer
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState
 
@@ -30,15 +32,21 @@ __all__ = [
     "MemorizingConfig",
     "MemorizingState",
     "MemorizingTransformer",
+    "Reading",
     "Segment",
+    "StateStore",
     "TransformerXL",
     "TransformerXLConfig",
     "TransformerXLState",
     "attach_melodi",
+    "begin_reading",
     "bits_by_position",
     "document_losses",
     "load_attached",
     "load_context_model",
     "load_context_state",
+    "load_reading",
+    "read_on",
     "save_context_state",
+    "save_reading",
 ]
