@@ -95,12 +95,12 @@ def with_sink(x: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, (..., h, T, e) over (..., h, P, e); `bias` is added to the logits and holds the masks."""
-    if bias is not None:
-        bias = bias.to(query.dtype)  # torch reads a mask of another dtype than the queries' wrongly, without a word
     if query.is_cpu and torch.is_grad_enabled():  # the fused kernel's backward takes two to three times as long there
         logits = query @ key.mT
-        return (logits if bias is None else logits + bias).softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        return (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1) @ value
+    # torch reads a mask of another dtype than the queries' wrongly, without a word
+    mask = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
 
 
 class PositionBias(nn.Module):
