@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence.context.body import Attention, FeedForward, PositionBias, RMSNorm, attend, seen, with_sink
+from remanence.context._melodi_layer import TokenMixer
+from remanence.context.body import Attention, FeedForward, PositionBias, RMSNorm, attend, with_sink
 from remanence.context.configuration import ContextConfig
 
 Pair = tuple[Tensor, Tensor]
@@ -88,12 +89,25 @@ class MemoryLayer(nn.Module):
         self.up = nn.Linear(width, host_width, bias=False)
         nn.init.zeros_(self.up.weight)  # the host answers as before until this is trained
         self.feed_forward = FeedForward(width)
-        self.token_norm, self.summary_norm = RMSNorm(width), RMSNorm(width)
-        self.to_summary = None if is_last else nn.Linear(n_mixed, sizes.summary)
-        self.to_short = nn.Linear(n_mixed, sizes.short) if sizes.short else None
-        self.to_long = nn.Linear(n_mixed, sizes.long) if sizes.long else None
+        self.has_residual = sizes.short == sizes.summary
+        self.to_summary = None if is_last else TokenMixer(n_mixed, sizes.summary, width)
+        self.to_short = TokenMixer(n_mixed, sizes.short, width, norm=self.has_residual) if sizes.short else None
+        self.to_long = TokenMixer(n_mixed, sizes.long, width, norm=False) if sizes.long else None
         # sigma(0) = 1/2: at the start the two reads count alike
         self.gate = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.25)) if sizes.long else None
+        self._begin_with_tokens()
+
+    @torch.no_grad()
+    def _begin_with_tokens(self) -> None:
+        """Let memory hold tokens before anything is trained: the last S of the window, and the means of L equal parts of it."""
+        if self.to_short is not None:
+            n_kept = min(self.window, self.sizes.short)
+            self.to_short.weight[:, : self.window] = 0.0
+            self.to_short.weight[-n_kept:, self.window - n_kept : self.window] = torch.eye(n_kept)
+        if self.to_long is not None:
+            part = torch.arange(self.window) * self.sizes.long // self.window
+            is_member = (part == torch.arange(self.sizes.long)[:, None]).float()
+            self.to_long.weight[:, : self.window] = is_member / is_member.sum(1, keepdim=True).clamp_min(1)
 
     def forward(self, hidden: Tensor, summary: Tensor, short: Tensor, queue: Tensor, schedule: Schedule) -> Passed:
         """Add to the hidden states what memory says, and write memory.
@@ -107,76 +121,88 @@ class MemoryLayer(nn.Module):
         """
         tokens = self.down(self.host_norm(hidden.to(self.down.weight.dtype)))
         query, key, value = self.attention(tokens)
-        bias = self.positions(self.window + self.sizes.summary, self.sizes.short, self.attention.temperature)
-        queries = self.attention(summary)
-        shorts, far = [], [self.attention.memory(queue)]
-        onward, long = [], []
-        for k in range(hidden.shape[1]):
-            short = torch.where(schedule.begins[:, k, None, None], torch.zeros_like(short), short)
-            near = self.attention.memory(short)
-            shorts.append(near)
-            if not schedule.writes:
-                continue
-            keys = _joined([near, (key[:, k], value[:, k]), (queries[1][:, k], queries[2][:, k])])
-            found = self._summarise(queries[0][:, k], keys, bias, _joined(far), schedule, k)
-            made = self.feed_forward(summary[:, k] + self.attention.out(found))
-            next_summary, new_short, entries = self._mix(tokens[:, k], made)
-            short = torch.where(schedule.is_full[:, k, None, None], new_short, short)
-            onward.append(next_summary)
-            long.append(entries)
-            if self.gate is not None:
-                far.append(self.attention.memory(entries))
+        bias = self.positions(self.window + self.sizes.summary, self.sizes.short, self.attention.scale)
+        asked, own_key, own_value = self.attention(summary)
+        shorts, far, onward, long = [], [self._memory(queue)], [], []
+        # unbound at once: the backward of an index into all windows would fill all of them for each
+        windows = (part.unbind(1) for part in (tokens, key, value, summary, asked, own_key, own_value))
+        for k, (x, key_x, value_x, u, query_u, key_u, value_u) in enumerate(zip(*windows, strict=True)):
+            short = short.masked_fill(schedule.begins[:, k, None, None], 0.0)
+            shorts.append(self._memory(short))
+            if schedule.writes:
+                near = _joined([shorts[-1], (key_x, value_x), (key_u, value_u)])
+                found = self._summarise(query_u, near, bias, _joined(far), schedule, k)
+                y = torch.cat([x, self.feed_forward(u + self.attention.out(found))], 1)
+                short = torch.where(schedule.is_full[:, k, None, None], self._short(y), short)
+                onward.append(self._onward(y))
+                if self.to_long is not None:
+                    long.append(self.to_long(y))
+                    far.append(self._memory(long[-1]))
         read = self._read(query, shorts, _joined(far), bias, schedule)
+        none = hidden.new_zeros(*hidden.shape[:2], self.sizes.long, queue.shape[2])
         return Passed(
             hidden + self.up(read).to(hidden.dtype), torch.stack(onward, 1) if onward else summary, short,
-            torch.stack(long, 1) if long else queue.new_zeros(*hidden.shape[:2], self.sizes.long, queue.shape[2]),
+            torch.stack(long, 1) if long else none,
         )  # fmt: skip
 
-    def _summarise(self, query: Tensor, keys: Pair, bias: Tensor, far: Pair, schedule: Schedule, k: int) -> Tensor:
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def _memory(self, x: Tensor) -> Pair:
+        """Keys and values (B, h, T, e) of memory (B, T, m), which may have no tokens at all."""
+        if x.shape[1]:
+            return self.attention.memory(x)
+        none = x.new_zeros(len(x), self.attention.n_heads, 0, x.shape[2] // self.attention.n_heads)
+        return none, none
+
+    def _summarise(self, query: Tensor, near: Pair, bias: Tensor, far: Pair, schedule: Schedule, k: int) -> Tensor:
         """What the summary tokens of one window find, (B, U, m)."""
         is_memory = torch.arange(bias.shape[-1] - 1, device=query.device) < self.sizes.short
-        mask = bias[:, self.window :] + seen(schedule.is_known[:, k, None] | ~is_memory)
-        found = attend(query, with_sink(keys[0]), with_sink(keys[1]), mask)
+        mask = bias[:, self.window :] + F.pad(_hidden(schedule.is_known[:, k, None] | ~is_memory), (1, 0))[:, None, None]
+        found = attend(query, with_sink(near[0]), with_sink(near[1]), mask)
         return self._weigh(found, query, far, schedule.visible[:, k])
 
     def _read(self, query: Tensor, shorts: list[Pair], far: Pair, bias: Tensor, schedule: Schedule) -> Tensor:
         """What the tokens of all windows find, each in the memory before its window, (B, K, W, m)."""
         batch, n_windows, _, width, _ = query.shape
         key, value = (torch.stack(part, 1).flatten(0, 1) for part in zip(*shorts, strict=True))
-        is_known = schedule.is_known.flatten()[:, None, None, None]
-        mask = F.pad((bias[:, :width, 1 : 1 + self.sizes.short]).masked_fill(~is_known, -torch.inf), (1, 0))
+        is_unknown = ~schedule.is_known.flatten()[:, None, None, None]
+        mask = F.pad(bias[:, :width, 1 : 1 + self.sizes.short].masked_fill(is_unknown, -torch.inf), (1, 0))
         query = query.flatten(0, 1)
         found = attend(query, with_sink(key), with_sink(value), mask)
-        each = (part.repeat_interleave(n_windows, 0) for part in far) if self.gate is not None else far
-        read = self._weigh(found, query, tuple(each), schedule.visible.flatten(0, 1))  # type: ignore[arg-type]
-        return read.view(batch, n_windows, *read.shape[1:])
+        if self.gate is not None:
+            far = (far[0].repeat_interleave(n_windows, 0), far[1].repeat_interleave(n_windows, 0))
+        read = self._weigh(found, query, far, schedule.visible.flatten(0, 1))
+        return read.view(batch, n_windows, width, -1)
 
     def _weigh(self, near: Tensor, query: Tensor, far: Pair, is_seen: Tensor) -> Tensor:
         """Join the read of the short-term memory with one of the queue, where there is a queue; heads are merged."""
         near = self.attention.merge(near)
         if self.gate is None:
             return near
-        mask = F.pad(torch.where(is_seen[:, : far[0].shape[2]], 0.0, -torch.inf), (1, 0))[:, None, None]
-        found = self.attention.merge(attend(query, with_sink(far[0]), with_sink(far[1]), mask.expand(-1, -1, query.shape[2], -1)))
-        share = self.gate.sigmoid()
-        return share * near + (1 - share) * found
+        mask = F.pad(_hidden(is_seen[:, : far[0].shape[2]]), (1, 0))[:, None, None]
+        found = self.attention.merge(attend(query, with_sink(far[0]), with_sink(far[1]), mask))
+        return found + self.gate.sigmoid() * (near - found)
 
-    def _mix(self, tokens: Tensor, summary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Summary for the next layer (B, U, m), short-term memory (B, S, m) and entries of the queue (B, L, m)."""
-        plain = torch.cat([tokens, summary], 1)
-        normed = torch.cat([self.token_norm(tokens), self.summary_norm(summary)], 1)
-        onward, has_residual = summary, self.sizes.short == self.sizes.summary
-        if self.to_summary is not None:
-            onward = summary + _over_tokens(self.to_summary, normed)
-        short = _over_tokens(self.to_short, normed if has_residual else plain)
-        return onward, summary + short if has_residual else short, _over_tokens(self.to_long, plain)
+    # --- mixing, of tokens and summary y (B, W + U, m) ---------------------------------------------------------
 
+    def _onward(self, y: Tensor) -> Tensor:
+        """The next layer's summary, (B, U, m)."""
+        summary = y[:, self.window :]
+        return summary if self.to_summary is None else summary + self.to_summary(y)
 
-def _over_tokens(mixer: nn.Linear | None, x: Tensor) -> Tensor:
-    """A linear map over the tokens of (B, T, m), the same for all channels; no tokens without a mixer."""
-    return x[:, :0] if mixer is None else mixer(x.transpose(1, 2)).transpose(1, 2)
+    def _short(self, y: Tensor) -> Tensor:
+        """The next window's short-term memory, (B, S, m)."""
+        if self.to_short is None:
+            return y[:, :0]
+        mixed: Tensor = self.to_short(y)
+        return mixed + y[:, self.window :] if self.has_residual else mixed
 
 
 def _joined(parts: list[Pair]) -> Pair:
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def _hidden(is_seen: Tensor) -> Tensor:
+    """0 where a key is seen, minus infinity where it is not."""
+    return torch.where(is_seen, 0.0, -torch.inf)
