@@ -24,12 +24,15 @@ MELODI = Arm("MelodiLM", {"short": 12, "long_per_window": 8, "long_windows": 64,
 XL = Arm("TransformerXL", {"cache": 64})
 
 COMPARED = {
-    "melodi": MELODI, "transformer-xl": XL, "transformer-xl, equal memory": XL.but(cache=128),
+    "melodi": MELODI, "transformer-xl": XL,
     "memorizing": Arm("MemorizingTransformer", {"cache": 64, "memory": 4096, "memory_layer": 2}),
 }  # fmt: skip
 """A1, all seeds."""
 
-COMPARED_ONCE = {"windowed": XL.but(cache=0), "block-recurrent": Arm("BlockRecurrentTransformer", {"cache": 64, "states": 64})}
+COMPARED_ONCE = {
+    "transformer-xl, equal memory": XL.but(cache=128), "windowed": XL.but(cache=0),
+    "block-recurrent": Arm("BlockRecurrentTransformer", {"cache": 64, "states": 64}),
+}  # fmt: skip
 """A1, one seed."""
 
 ABLATED = {"short only": MELODI.but(long_per_window=0), "long only": MELODI.but(short=0, summary=12)}
@@ -49,8 +52,8 @@ ABLATED_ONCE = {
 }
 """A3, one seed; the full model has its queue in layer 2, L = 8, a static gate and the strict mask."""
 
-FULL_ATTENTION = XL.but(cache=4096)
-"""A4: every layer sees all of the last 4,096 bytes, from the document's first to its last; as far as MELODI's queue reaches back."""
+FULL_ATTENTION = XL.but(cache=0, window=4096)
+"""A4: one window of 4,096 tokens, in which every layer sees all before; as far as MELODI's queue reaches back."""
 
 RECALL_MELODI = Arm("MelodiLM", {"short": 8, "long_per_window": 8, "long_windows": 32, "long_layers": [2]})
 RECALL = {"melodi": RECALL_MELODI, "transformer-xl": XL.but(cache=32), "windowed": XL.but(cache=0)}

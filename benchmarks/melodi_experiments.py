@@ -18,6 +18,7 @@ def _speed(bench: Bench, size: Size) -> Judged:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "A0": Experiment("one rate for all arms", gates.a0_cells, gates.a0),
     "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
     "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),
     "A3": Experiment("what each part is good for", gates.a3_cells, gates.a3),

@@ -181,7 +181,8 @@ class Training:
         gap = self.curriculum.gap(self.step)
         made = samples(BATCH, gap, self.seed, self.step)
         self.model.train()
-        logits = answer(self.model, made)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = answer(self.model, made).float()
         loss = cross_entropy(logits.flatten(0, 1), made.answers.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -17,6 +17,7 @@ class Size(NamedTuple):
     Args:
         seeds: of arms that are judged; the first one alone of arms that are only reported.
         steps, ablation_steps, reported_steps: of A1, of A3's paired arms, and of the arms of A3 and A4 with one seed.
+        vocabulary: byte pairs, the token that begins documents included.
         n_train_bytes, n_test_bytes: of every training and held-out document, from its beginning.
         recall_steps: of A2, at most.
         n_recall: fresh samples of A2 at every G.
@@ -27,16 +28,17 @@ class Size(NamedTuple):
     steps: int = 1000
     ablation_steps: int = 600
     reported_steps: int = 300
-    n_train_bytes: int = 160_000
-    n_test_bytes: int = 65_536
-    recall_steps: int = 3000
+    vocabulary: int = 2048
+    n_train_bytes: int = 560_000
+    n_test_bytes: int = 131_072
+    recall_steps: int = 2000
     n_recall: int = 512
     judged: bool = True
 
 
 QUICK = {
-    "seeds": (0,), "steps": 3, "ablation_steps": 2, "reported_steps": 1, "n_train_bytes": 20_000, "n_test_bytes": 2_048, "recall_steps": 3,
-    "n_recall": 32, "judged": False,
+    "seeds": (0,), "steps": 3, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300, "n_train_bytes": 20_000,
+    "n_test_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
 }  # fmt: skip
 
 class Experiment(NamedTuple):
@@ -45,9 +47,11 @@ class Experiment(NamedTuple):
     judge: Callable[[Bench, Size], Judged]
 
 
-def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size) -> Cell:
-    data = {"corpus": size.corpus, "n_train_bytes": size.n_train_bytes, "n_test_bytes": size.n_test_bytes}
-    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data})
+def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **others: Any) -> Cell:
+    """A language model; `others` are arguments of `melodi_language.language` that differ from its own."""
+    names = ("corpus", "vocabulary", "n_train_bytes", "n_test_bytes")
+    data = {name: getattr(size, name) for name in names}
+    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data, **others})
 
 
 def recall_cell(name: str, arm: Arm, seed: int, size: Size) -> Cell:
