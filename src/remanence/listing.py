@@ -16,8 +16,8 @@ from remanence.recipes import shipped
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LEARNER_ROOMS = ("weights", "tokens", "generated")
-_ARTIFACT_ROOMS = ("parts", "generated")
+_LEARNER_ROOMS = ("weights", "tokens", "generated", "context")
+_ARTIFACT_ROOMS = ("parts", "generated", "context")
 
 
 def listing() -> "Table":

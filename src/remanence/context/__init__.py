@@ -6,8 +6,10 @@ from remanence.context.configuration import BlockRecurrentConfig, ContextConfig,
 from remanence.context.documents import DocumentReader, Segment
 from remanence.context.evaluation import bits_by_position, document_losses
 from remanence.context.language_model import ContextLM, load_context_model
+from remanence.context.learner import MelodiReader
 from remanence.context.melodi import MelodiLM, MelodiState
 from remanence.context.memorizing import MemorizingState, MemorizingTransformer
+from remanence.context.pretraining import PretrainedContextLM
 from remanence.context.reading import Reading, begin_reading, load_reading, read_on, save_reading
 from remanence.context.state import ContextState, load_context_state, save_context_state
 from remanence.context.store import StateStore
@@ -28,10 +30,12 @@ __all__ = [
     "DocumentReader",
     "MelodiConfig",
     "MelodiLM",
+    "MelodiReader",
     "MelodiState",
     "MemorizingConfig",
     "MemorizingState",
     "MemorizingTransformer",
+    "PretrainedContextLM",
     "Reading",
     "Segment",
     "StateStore",

@@ -149,8 +149,41 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     # without it a transformers model fills a cache of keys and values that nobody reads
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     output = model(inputs, **options)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    # a model that carries a state returns it behind the logits, as transformers' models do with return_dict=False
+    logits: Tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
     return logits
+
+
+def row_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B,) log-probability of each row's targets that are 0 or above, summed, in float32; -inf for one that has no column.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) int64, on the same device.
+    """
+    log_p = logits.float().log_softmax(-1)
+    found = log_p.gather(-1, targets.clamp(0, log_p.shape[-1] - 1)[..., None])[..., 0]
+    return torch.where(targets < log_p.shape[-1], found, -torch.inf).masked_fill(targets < 0, 0.0).sum(-1)
+
+
+def require_token_windows(data: Data, name: str, vocabulary: int | None) -> None:
+    """Refuse a table that is not windows of ids.
+
+    Args:
+        data: inputs and targets (N, T), integers.
+        name: of the task, for the message.
+        vocabulary: V, how many ids the model knows; None where that is not known.
+
+    Raises:
+        DataError: shapes differ, ids are floats, or lie outside 0 .. V - 1.
+    """
+    if data.inputs.dim() != 2 or data.inputs.shape != data.targets.shape or data.inputs.is_floating_point():
+        shapes = f"inputs {tuple(data.inputs.shape)} of {data.inputs.dtype}, targets {tuple(data.targets.shape)}"
+        raise DataError(f"task '{name}': a language learner takes windows of ids, inputs and targets (N, T); got {shapes}.")
+    if vocabulary is not None and data.inputs.numel():
+        low, high = int(data.inputs.min()), max(int(data.inputs.max()), int(data.targets.max()))
+        if low < 0 or high >= vocabulary:
+            raise DataError(f"task '{name}' has ids {low} to {high}, the model knows 0 to {vocabulary - 1}; use the model's tokenizer.")
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

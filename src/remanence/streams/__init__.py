@@ -5,8 +5,8 @@ A *source* is a labelled set: `digits`, `omniglot`, `fashion_mnist`, `image_fold
 `episodes`. A *schedule* presents a stream anew: `joint`, `online`, `alone`, `learn_then_forget`.
 
 A *text source* is documents, some to learn and some to test on: `python_documentation`, `text_folder`, `text_dataset`, and two of
-long documents, `books` and `python_sources`. `windows` packs them into next-token windows, which a `TokenDataset` walks in a seeded,
-resumable order; `byte_ids` is the vocabulary that needs no training.
+long documents, `books` and `python_sources`, which `documents` turns into a stream. `windows` packs them into next-token windows, which a
+`TokenDataset` walks in a seeded, resumable order; `byte_ids` is the vocabulary that needs no training.
 
 Example:
     >>> stream = learn_then_forget(split_classes(part(digits(), "stream"), per_task=5), forget=[1])
@@ -14,6 +14,7 @@ Example:
     [('learn', 'classes 0, 2, 5, 6, 9'), ('learn', 'classes 1, 3, 4, 7, 8'), ('forget', 'classes 1, 3, 4, 7, 8')]
 """
 
+from remanence.streams.documents import documents
 from remanence.streams.episodic import episodes
 from remanence.streams.folder import image_folder
 from remanence.streams.known import digits, fashion_mnist, omniglot
@@ -31,6 +32,7 @@ __all__ = [
     "books",
     "byte_ids",
     "digits",
+    "documents",
     "domains",
     "episodes",
     "fashion_mnist",

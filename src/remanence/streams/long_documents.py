@@ -8,6 +8,7 @@ Each is a `TextSource` that is split by document, so that nothing of a test docu
 """
 
 import gzip
+import hashlib
 import json
 import platform
 
@@ -20,6 +21,13 @@ from remanence.keys import generator
 from remanence.streams._documentation import module_files
 from remanence.streams.known import find_set
 from remanence.streams.text import TextSource
+from remanence.task import example_ids
+
+BYTE_BOS = 256
+"""The id that begins a document of bytes."""
+
+IDS_EVERY = 64
+"""Places of a document that share one id, as in `place_ids`."""
 
 
 def books(n_test: int = 8, seed: int = 0) -> TextSource:
@@ -81,3 +89,21 @@ def byte_ids(text: str) -> Tensor:
         [110, 195, 169]
     """
     return torch.from_numpy(np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64))
+
+
+def document_name(document: Tensor) -> str:
+    """A name that follows from a document's ids alone, so that it is known again whoever reads it."""
+    return f"document {hashlib.sha256(document.to(torch.int64).numpy().tobytes()).hexdigest()}"
+
+
+def place_ids(document: Tensor, places: Tensor) -> Tensor:
+    """Ids of places in a document, for leak checks: whoever reads the same document finds the same ones.
+
+    Args:
+        document: its ids (n,).
+        places: (N,) int64, positions in it; 64 neighbouring ones share an id.
+
+    Returns:
+        (N,) int64, see `remanence.task.example_ids`.
+    """
+    return example_ids(document_name(document), places // IDS_EVERY)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from remanence.erasure import sparse_mask
 from remanence.erasure._selection import Selection
-from remanence.errors import DataError, ErasureNotSupported, SettingError
+from remanence.errors import ErasureNotSupported, SettingError
 from remanence.learner import Cursor, Footprint, Learner, Prediction, Steps, require_learnable
 from remanence.parts.gradient import run_verb
-from remanence.parts.language_model import is_quantised, load_language_model, logits_of, token_loss
+from remanence.parts.language_model import is_quantised, load_language_model, logits_of, require_token_windows, row_scores, token_loss
 from remanence.parts.optimizer_state import load_moments, moments
 from remanence.state import State, copy_state, state_bytes
 from remanence.task import Data, Task
@@ -119,14 +119,7 @@ class LanguageLearner(Learner, ABC):
         )
 
     def _require_fit(self, data: Data, name: str) -> None:
-        if data.inputs.dim() != 2 or data.inputs.shape != data.targets.shape or data.inputs.is_floating_point():
-            shapes = f"inputs {tuple(data.inputs.shape)} of {data.inputs.dtype}, targets {tuple(data.targets.shape)}"
-            raise DataError(f"task '{name}': a language learner takes windows of ids, inputs and targets (N, T); got {shapes}.")
-        n_words = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        if n_words is not None and len(data):
-            low, high = int(data.inputs.min()), max(int(data.inputs.max()), int(data.targets.max()))
-            if low < 0 or high >= n_words:
-                raise DataError(f"task '{name}' has ids {low} to {high}, the model knows 0 to {n_words - 1}; use the model's tokenizer.")
+        require_token_windows(data, name, getattr(getattr(self.model, "config", None), "vocab_size", None))
 
     def _step(self, task: Task, data: Data, step: int) -> tuple[Tensor, int]:
         optimizer = self._optimizer
@@ -183,18 +176,12 @@ class LanguageLearner(Learner, ABC):
     @torch.no_grad()
     def score(self, inputs: Tensor, targets: Tensor, task: str | None = None, reader: str = "") -> Tensor:
         """(B,) log-probability in float32 of each row's targets that are 0 or above, summed; logits exist for one batch at a time."""
-        sums = [self._row_scores(*parts) for parts in self._parts(inputs, targets)]
+        sums = [row_scores(self._logits(rows), wanted) for rows, wanted in self._parts(inputs, targets)]
         return torch.cat(sums) if sums else torch.zeros(0, device=self.device)
 
     def _parts(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if len(inputs):
             yield from zip(torch.split(inputs, self.batch_size), torch.split(targets.to(self.device), self.batch_size), strict=True)
-
-    def _row_scores(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        log_p = self._logits(inputs).float().log_softmax(-1)
-        is_known = targets < log_p.shape[-1]
-        found = log_p.gather(-1, targets.clamp(0, log_p.shape[-1] - 1)[..., None])[..., 0]
-        return torch.where(is_known, found, -torch.inf).masked_fill(targets < 0, 0.0).sum(-1)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         return logits_of(self.model, inputs.to(self.device))
