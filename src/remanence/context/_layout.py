@@ -89,7 +89,7 @@ def lay_out(tokens: Tensor, state: ContextState, lengths: Tensor | None, reset: 
     """
     window = state.tail.shape[1]
     n_tail = state.n_tail
-    begins = None if reset is None else reset[:, 0]
+    begins = None if reset is None else reset[:, 0] if lengths is None else reset[:, 0] & (lengths > 0)
     if begins is not None:
         n_tail = n_tail.masked_fill(begins, 0)
     is_regular = tokens.shape[1] % window == 0 and lengths is None and (reset is None or not bool(reset[:, 1:].any()))
