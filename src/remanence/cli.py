@@ -1,4 +1,4 @@
-"""The command line: run a recipe, compare runs, write the report, meta-train, trace and erase facts, list what there is."""
+"""The command line: run and compare recipes, report, meta-train, trace and erase facts, read long documents, list what there is."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remanence.commands import erase, meta_train, trace
+from remanence.commands import context, erase, meta_train, trace
 from remanence.commands._common import overrides
 from remanence.errors import CellBusy, NonFiniteLoss, NotDeterministic, RecipeError, RemanenceError
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     meta_train.add(commands, shape)
     trace.add(commands, shape)
     erase.add(commands, shape)
+    context.add(commands, shape)
 
     example = "example:\n  remanence list"
     listing = commands.add_parser("list", help="what there is", description=example, formatter_class=shape)

@@ -1,4 +1,4 @@
-"""What a reader of the figures must know about the machine and the versions."""
+"""What a reader of the figures must know about the machine, the versions and the process."""
 
 import os
 import platform
@@ -23,6 +23,12 @@ def environment() -> dict[str, Any]:
         "commit": commit or "unknown",
         **{name: version(name) for name in _PACKAGES},
     }
+
+
+def resident_bytes() -> int | None:
+    """Physical memory that this process has now; None where the system does not tell (it does on Linux)."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None
 
 
 def _cpuinfo() -> list[str]:

@@ -1,7 +1,7 @@
 """One document of any length, read piece by piece in constant memory.
 
     reading = begin_reading(model)
-    while piece := file.read(4096):
+    while piece := file.read(1024):
         reading = read_on(model, reading, torch.frombuffer(bytearray(piece), dtype=torch.uint8))
     print(reading.bits_per_token)
     save_reading("notes.safetensors", reading, model)  # another process goes on from here
@@ -55,7 +55,7 @@ def begin_reading(model: Any) -> Reading:
     return Reading(model.init_state(1), model.config.bos_token_id)
 
 
-def read_on(model: Any, reading: Reading, ids: Tensor, segment: int = 4096) -> Reading:
+def read_on(model: Any, reading: Reading, ids: Tensor, segment: int = 1024) -> Reading:
     """Read the document's next tokens and add up what they cost to predict.
 
     The result does not depend on how the document is cut into pieces and segments, beyond rounding. No gradient is kept, and the model's
@@ -65,7 +65,8 @@ def read_on(model: Any, reading: Reading, ids: Tensor, segment: int = 4096) -> R
         model: a `ContextLM`, or anything with its config and call.
         reading: what was read before; it is left as it is.
         ids: (n,) of any integer dtype, n >= 0.
-        segment: tokens of a call at most. Multiples of the window are fastest; logits take segment x V floats.
+        segment: tokens of a call at most; multiples of the window are fastest. Logits take segment x V floats: arrays of a megabyte or
+            less keep the process's memory flat, larger ones come and go with the allocator.
 
     Raises:
         DataError: `ids` is no vector of integers.
@@ -78,7 +79,7 @@ def read_on(model: Any, reading: Reading, ids: Tensor, segment: int = 4096) -> R
     # calls end where windows end, so that no window is read in two
     first = min(len(ids), segment - reading.state.n_tokens.item() % segment)
     with evaluating(model):
-        for piece in (ids[:first], *ids[first:].split(segment)):
+        for piece in (ids[:first], *torch.split(ids[first:], segment)):
             reading = _read(model, reading, piece.to(reading.state.n_tokens.device, torch.int64))
     return reading
 
