@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from continual_cases import Gate
-from melodi_arms import ABLATED, ABLATED_ONCE, COMPARED, COMPARED_ONCE, FULL_ATTENTION, MELODI, RECALL, RECALL_ONCE, XL
+from melodi_arms import ABLATED, ABLATED_ONCE, COMPARED, COMPARED_ONCE, FULL_ATTENTION, MELODI, RECALL, RECALL_ONCE, XL, Arm
 from melodi_cells import Bench, Cell
 from melodi_language import BIN, LR, ROWS, SEGMENT
 from melodi_recall import CHANCE, GAPS, STAGES, UNBOUND
@@ -181,11 +181,15 @@ def _at_chance(name: str, results: Sequence[dict[str, Any]], gaps: Sequence[str]
 # --- A3 and A4 -----------------------------------------------------------------------------------------------------------
 
 
+def _short_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **others: Any) -> Cell:
+    return language_cell(name, arm, seed, steps, size, n_test_bytes=size.n_ablation_bytes, **others)
+
+
 def _a3(size: Size) -> tuple[dict[str, list[Cell]], dict[str, list[Cell]]]:
     arms = {"melodi": MELODI} | ABLATED
-    paired = {name: [language_cell(name, arm, seed, size.ablation_steps, size) for seed in size.seeds] for name, arm in arms.items()}
+    paired = {name: [_short_cell(name, arm, seed, size.ablation_steps, size) for seed in size.seeds] for name, arm in arms.items()}
     arms = {"melodi": MELODI} | ABLATED_ONCE
-    return paired, {name: [language_cell(name, arm, size.seeds[0], size.reported_steps, size)] for name, arm in arms.items()}
+    return paired, {name: [_short_cell(name, arm, size.seeds[0], size.reported_steps, size)] for name, arm in arms.items()}
 
 
 def a3_cells(size: Size) -> list[Cell]:
@@ -212,9 +216,9 @@ def a3(bench: Bench, size: Size) -> Judged:
 def _a4(size: Size) -> dict[str, list[Cell]]:
     seed, steps = size.seeds[0], size.reported_steps
     arms = {"full attention": FULL_ATTENTION, "melodi": MELODI, "transformer-xl": XL, "memorizing": COMPARED["memorizing"]}
-    cells = {name: [language_cell(name, arm, seed, steps, size)] for name, arm in arms.items()}
+    cells = {name: [_short_cell(name, arm, seed, steps, size)] for name, arm in arms.items()}
     # as many tokens a step as the others, in one row: gradients reach as far as attention does
-    cells["full attention"] = [language_cell("full attention", FULL_ATTENTION, seed, steps, size, rows=1, segment=ROWS * SEGMENT)]
+    cells["full attention"] = [_short_cell("full attention", FULL_ATTENTION, seed, steps, size, rows=1, segment=ROWS * SEGMENT)]
     return cells
 
 

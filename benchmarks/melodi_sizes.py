@@ -19,6 +19,7 @@ class Size(NamedTuple):
         steps, ablation_steps, reported_steps: of A1, of A3's paired arms, and of the arms of A3 and A4 with one seed.
         vocabulary: byte pairs, the token that begins documents included.
         n_train_bytes, n_test_bytes: of every training and held-out document, from its beginning.
+        n_ablation_bytes: of every held-out document, in A3 and A4.
         recall_steps: of A2, at most.
         n_recall: fresh samples of A2 at every G.
     """
@@ -26,19 +27,20 @@ class Size(NamedTuple):
     corpus: str
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1000
-    ablation_steps: int = 600
-    reported_steps: int = 300
+    ablation_steps: int = 400
+    reported_steps: int = 200
     vocabulary: int = 2048
     n_train_bytes: int = 560_000
     n_test_bytes: int = 131_072
-    recall_steps: int = 2000
+    n_ablation_bytes: int = 65_536
+    recall_steps: int = 1600
     n_recall: int = 512
     judged: bool = True
 
 
 QUICK = {
     "seeds": (0,), "steps": 3, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300, "n_train_bytes": 20_000,
-    "n_test_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
+    "n_test_bytes": 2_048, "n_ablation_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
 }  # fmt: skip
 
 class Experiment(NamedTuple):
