@@ -3,13 +3,13 @@
     python benchmarks/melodi_attach.py               # about twenty CPU minutes
     python benchmarks/melodi_attach.py --quick       # very few steps, nothing judged: does everything run?
 
-Host: a Llama of 0.64 million parameters (see `melodi_attach_cells`), pretrained on windows of 64 subwords of one half of the training
-books. It reads windows of 64 throughout. Trained on the other half, with equal tokens, steps and schedule, each at the best of three
+Host: a Llama of 0.64 million parameters (see `melodi_attach_cells`), pretrained on windows of 32 subwords of one half of the training
+books. It reads windows of 32 throughout. Trained on the other half, with equal tokens, steps and schedule, each at the best of three
 rates by two books kept back:
 
     melodi      memory layers behind all four blocks, and adapters of rank 4
     adapters    low-rank adapters alone (peft), of the rank that comes nearest to as many parameters
-    memory off  the first one with its memory emptied before every window, in training and in the test
+    memory off  what is left of the first one when its memory is always empty: adapters of rank 4
 
 Measured: nats per token of the beginning of eight books that nobody has seen. "Below": the one-sided 95 % bound of the mean paired
 difference, by a bootstrap over seeds x documents, lies below 0. Figures of finished cells are kept in --runs, a killed training goes
@@ -42,8 +42,8 @@ class Size(NamedTuple):
     """How large the benchmark is.
 
     Args:
-        host_steps: of pretraining, 32 windows each.
-        steps, tuning_steps: of 4,096 tokens, at the chosen rate and at each candidate.
+        host_steps: of pretraining, 64 windows each.
+        steps, tuning_steps: of 1,024 tokens, at the chosen rate and at each candidate.
         n_characters: read of every training document.
         n_test_tokens: scored of every held-out document, from its beginning.
     """
@@ -51,8 +51,8 @@ class Size(NamedTuple):
     corpus: str
     seeds: tuple[int, ...] = (0, 1, 2)
     host_steps: int = 1500
-    steps: int = 250
-    tuning_steps: int = 100
+    steps: int = 900
+    tuning_steps: int = 200
     n_characters: int = 250_000
     n_test_tokens: int = 8192
 

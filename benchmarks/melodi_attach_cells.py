@@ -25,11 +25,11 @@ from remanence.streams import TextSource, books, python_sources
 
 __all__ = ["Bench", "Cell", "Result", "SubwordLM", "attach", "host_of", "prepare", "run_cell"]
 
-WINDOW, ROWS, SEGMENT, END = 64, 8, 512, SPECIAL.index("<eos>")
+WINDOW, ROWS, SEGMENT, END = 32, 4, 256, SPECIAL.index("<eos>")
 MEMORY = {"hidden_size": 32, "num_attention_heads": 4, "short": 12, "long_per_window": 8, "long_windows": 32, "lora_rank": 4}
-HOST = {"vocab_size": 1024, "family": "llama", "width": 96, "depth": 4, "heads": 4, "length": WINDOW, "batch_size": 32}
+HOST = {"vocab_size": 1024, "family": "llama", "width": 96, "depth": 4, "heads": 4, "length": WINDOW, "batch_size": 64}
 N_VALIDATION = 2
-_CHECKPOINT_STEPS = 50
+_CHECKPOINT_STEPS = 100
 _CHARACTERS = 8
 """A token has no more characters than this on average: so much of a document is tokenized at most."""
 
@@ -89,34 +89,31 @@ def _ids(tokenizer: Any, text: str, n_characters: int | None, n_tokens: int | No
 
 
 class Forgetful(nn.Module):
-    """An attached model whose memory is emptied before every window: what it has besides its memory."""
+    """An attached model whose memory is emptied before every window; calls begin with a window."""
 
     def __init__(self, model: AttachedMelodi) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model = model
 
     def init_state(self, batch: int) -> Any:
         return self.model.init_state(batch)
 
-    def restore_state(self, state: Any) -> Any:
-        return self.model.restore_state(state)
-
-    def _resets(self, tokens: Tensor) -> Tensor:
-        is_first = torch.arange(tokens.shape[1], device=tokens.device) % self.config.window == 0
-        return is_first.expand_as(tokens)
-
     def forward(self, tokens: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
-        return self.model(tokens, state, lengths, self._resets(tokens))
-
-    def loss(self, tokens: Tensor, targets: Tensor, state: Any, lengths: Tensor | None = None, reset: Tensor | None = None) -> Any:
-        return self.model.loss(tokens, targets, state, lengths, self._resets(tokens))
+        is_first = torch.arange(tokens.shape[1]) % self.model.config.window == 0
+        return self.model(tokens, state, lengths, is_first.expand_as(tokens))
 
 
 def attach(host: Any, arm: str, seed: int) -> AttachedMelodi:
-    """An arm around a host: "melodi" and "memory off" are alike; "adapters" have the rank that comes nearest to as many parameters."""
+    """An arm around a host.
+
+    "adapters" have the rank that comes nearest to as many parameters as "melodi" has. "memory off" is what an empty memory leaves of
+    "melodi", its adapters: a memory layer that finds nothing adds nothing, and is not computed here.
+    """
     memory = AttachedMelodiConfig(window=WINDOW, seed=seed, **MEMORY)
-    if arm != "adapters":
+    if arm == "melodi":
         return attach_melodi(host, memory)
+    if arm == "memory off":
+        return attach_melodi(host, AttachedMelodiConfig(window=WINDOW, seed=seed, layers=(), lora_rank=memory.lora_rank))
     twin = type(host)(host.config)
     n_wanted = _n_trained(attach_melodi(twin, memory))
     n_each = sum(parameter.numel() for name, parameter in twin.named_parameters() if ".lora_" in name) / memory.lora_rank
@@ -147,14 +144,13 @@ def trained(
 ) -> Result:
     """Train an arm on the documents that are new to the host, and measure it on one side."""
     attached = attach(load_language_model(host), arm, seed)
-    model = Forgetful(attached) if arm == "memory off" else attached
     start, n_steps = time.process_time(), 0
     reader = DocumentReader(documents["train"], ROWS, SEGMENT, bos=END, seed=seed)
-    for progress in ContextTrainer(model, reader, steps, lr=rate, folder=training, save_every=_CHECKPOINT_STEPS).run():
+    for progress in ContextTrainer(attached, reader, steps, lr=rate, folder=training, save_every=_CHECKPOINT_STEPS).run():
         n_steps += 1
         last = float(progress.loss) if progress.step == steps else None
     seconds = (time.process_time() - start) / n_steps if n_steps else None
-    found = measured(model, documents[side]) | {"last_training_nats": last if n_steps else None, "cpu_seconds_per_step": seconds}
+    found = measured(attached, documents[side]) | {"last_training_nats": last if n_steps else None, "cpu_seconds_per_step": seconds}
     if arm == "melodi":
         found["emptied"] = measured(Forgetful(attached), documents[side])
     state = attached.init_state(1)
