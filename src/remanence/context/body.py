@@ -154,4 +154,4 @@ def put(cache: tuple[Tensor, Tensor], key: Tensor, value: Tensor, place: Tensor)
     """Write keys and values (B, h, t, e) of tokens at `place` (B, t) into a window's cache, each (B, h, W, e)."""
     where = place[:, None, :, None].expand_as(key)
     for held, new in zip(cache, (key, value), strict=True):
-        held.scatter_(2, where, new)
+        held.scatter_(2, where, new.to(held.dtype))  # under autocast they are shorter
