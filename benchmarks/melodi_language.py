@@ -1,10 +1,10 @@
 """A1, A3 and A4: a language model, trained on books by truncated backpropagation and measured on books it never saw.
 
 Text is cut into byte pairs by a vocabulary of 2,048 that is made of the training texts on the spot. Of every training book the first
-560,000 bytes are read, so that the 4.1 million tokens of a full run pass once through all 28 books, not deep into a few; of every held-out
-book the first 131,072 bytes are scored, every one, with an empty memory at their beginning and none of it lost to their end. Products of training
-are in bfloat16 for all arms, scoring is in float32. A cell keeps the bits of every book in bins of 1,024 bytes by position: what is asked
-later is a sum of these.
+560,000 bytes are read, so that the 4.1 million tokens of a full run pass once through all 28 books, not deep into a few. Of every held-out
+book the first 131,072 bytes are scored, every one, with an empty memory at their beginning and none of it lost to their end. Products of
+training are in bfloat16 for all arms, scoring is in float32. A cell keeps the bits of every book in bins of 1,024 bytes by position: what
+is asked later is a sum of these.
 
 With single bytes as tokens (the first choice of this benchmark, `vocabulary=257`) no model of this size learns within four million tokens
 to use more than a dozen bytes of context, so that nothing can be said about memory.
