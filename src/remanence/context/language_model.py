@@ -28,6 +28,7 @@ from remanence.context.body import RMSNorm
 from remanence.context.configuration import ContextConfig
 from remanence.context.state import ContextState, spread
 from remanence.errors import DataError
+from remanence.parts.hosts import no_progress_bar
 from remanence.state import State
 
 
@@ -310,4 +311,5 @@ def load_context_model(folder: str | Path) -> Any:
     found = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
     if found not in kinds:
         raise DataError(f"{folder} holds a '{found}' model; this room reads {', '.join(sorted(kinds))}.")
-    return kinds[found].from_pretrained(folder, local_files_only=True).eval()
+    with no_progress_bar():
+        return kinds[found].from_pretrained(folder, local_files_only=True).eval()
