@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context import MemorizingConfig
+from remanence.keys import keyed_rng
 
 NAME = "memorizing-transformers-pytorch"
 N_RETRIEVED = 32
@@ -41,14 +42,13 @@ class TheirReader:
         self.plan, self.window = plan, plan.window
         body = MemorizingConfig(**plan.body)
         width, heads, depth, memorizing = body.hidden_size, body.num_attention_heads, body.num_hidden_layers, body.memory_layer + 1
-        generator_state = torch.get_rng_state()  # the package draws from the global generator
-        self.model: nn.Module = package.MemorizingTransformer(
-            num_tokens=257, dim=width, depth=depth, heads=heads, dim_head=width // heads, memorizing_layers=(memorizing,),
-            max_knn_memories=body.memory, num_retrieved_memories=N_RETRIEVED, xl_max_memories=plan.window,
-            xl_memory_layers=tuple(layer for layer in range(1, depth + 1) if layer != memorizing), pad_id=-100,
-            knn_memories_directory=self.folder,
-        )  # fmt: skip
-        torch.set_rng_state(generator_state)
+        with keyed_rng(0, "initialise"):
+            self.model: nn.Module = package.MemorizingTransformer(
+                num_tokens=257, dim=width, depth=depth, heads=heads, dim_head=width // heads, memorizing_layers=(memorizing,),
+                max_knn_memories=body.memory, num_retrieved_memories=N_RETRIEVED, xl_max_memories=plan.window,
+                xl_memory_layers=tuple(layer for layer in range(1, depth + 1) if layer != memorizing), pad_id=-100,
+                knn_memories_directory=self.folder,
+            )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, fused=True)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, 256, (plan.rows, plan.segment), generator=generator)
