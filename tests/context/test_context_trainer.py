@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
         next(steps)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.loss = lambda *_, **__: (model.decay * torch.nan, None)
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 5 with lr=0\.002; .*training\.safetensors holds the last good state"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 5 with lr=0\.008; .*training\.safetensors holds the last good state"):
         next(steps)
     assert states_equal(dict(model.state_dict()), before)
     assert trainer.step == 5
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.loss = lambda *_, **__: (torch.sqrt(model.decay - model.decay.detach()), model.init_state(2))
     trainer = make_trainer(model=model)
-    with pytest.raises(NonFiniteLoss, match=r"the norm of the gradient is inf at step 0 with lr=0\.002; no checkpoint was kept"):
+    with pytest.raises(NonFiniteLoss, match=r"the norm of the gradient is inf at step 0 with lr=0\.008; no checkpoint was kept"):
         losses(trainer)
     assert states_equal(dict(model.state_dict()), before)
     assert trainer.step == 0
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 1e-3}, r"lr: 0\.002 there, 0\.001 here"),
+        ({"lr": 1e-3}, r"lr: 0\.008 there, 0\.001 here"),
         ({"steps": 13}, "steps: 12 there, 13 here"),
         ({"reader": make_reader(seed=1)}, "reader seed: 0 there, 1 here"),
         ({"reader": DocumentReader(toy_documents(30, 9, 14, 5, seed=1), rows=2, segment=4, bos=BOS)}, "reader documents"),

@@ -65,7 +65,7 @@ def _trainer(arguments: argparse.Namespace, model: Any, source: "TextSource") ->
     config = model.config
     documents = [byte_ids(text).to(torch.uint8) for text in source.train]
     reader = DocumentReader(documents, _ROWS, _WINDOWS * config.window, config.bos_token_id, arguments.seed)
-    lr = 2e-3 if config.hidden_size <= 256 else 3e-4
+    lr = 8e-3 if config.hidden_size <= 256 else 1e-3
     return ContextTrainer(model, reader, arguments.steps, lr, folder=arguments.out, save_every=_SAVE_EVERY)
 
 

@@ -66,7 +66,7 @@ class PretrainedContextLM(Artifact):
 
     def __init__(
         self, source: Documents, kind: ContextKind = "melodi", config: dict[str, Any] | None = None, steps: int = 1000, rows: int = 8,
-        segment: int = 512, lr: float = 2e-3, seed: int = 0,
+        segment: int = 512, lr: float = 8e-3, seed: int = 0,
     ) -> None:  # fmt: skip
         if kind not in _KINDS:
             raise SettingError(f"PretrainedContextLM: kind '{kind}' is unknown; choose one of {', '.join(get_args(ContextKind))}.")
