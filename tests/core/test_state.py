@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from remanence.errors import StateMismatchError
-from remanence.state import all_finite, copy_state, load_state, save_state, state_bytes, states_equal, write_whole
+from remanence.state import all_finite, copy_state, load_state, load_values, save_state, state_bytes, states_equal, write_whole
 
 
 def rich_state():
@@ -47,6 +47,11 @@ def test_round_trip_of_a_state_without_tensors(tmp_path):
     for state in ({}, {"a": [1, None, {"b": "c"}]}):
         save_state(tmp_path / "s", state)
         assert load_state(tmp_path / "s") == state
+
+
+def test_values_are_read_without_the_tensors(tmp_path):
+    save_state(tmp_path / "s", {"a": torch.ones(2), "b": [1, torch.ones(1), {"c": "d"}]})
+    assert load_values(tmp_path / "s") == {"a": None, "b": [1, None, {"c": "d"}]}
 
 
 def test_a_copy_shares_no_memory():
@@ -135,3 +140,5 @@ def test_a_file_that_is_no_whole_state_is_refused(tmp_path):
         (tmp_path / "broken").write_bytes(content)
         with pytest.raises(StateMismatchError, match="broken is not a whole remanence state"):
             load_state(tmp_path / "broken")
+        with pytest.raises(StateMismatchError, match="broken is not a whole remanence state"):
+            load_values(tmp_path / "broken")
