@@ -5,7 +5,8 @@
 
 A tiny MELODI with random weights (width 16, one layer, windows of 256, a queue of 16 windows that is full after 4,096 tokens) reads the
 standard library's long sources as bytes, over and over, as one document. The resident memory of the process is looked at after every call
-of 1,024 tokens. Before the last tenth the reading is saved, restored, and read on beside the one that stayed; that tenth takes twice the time.
+of 1,024 tokens. Before the last tenth the reading is saved, restored, and read on beside the one that stayed; that tenth takes
+twice the time.
 
 Exit code 1 when memory, after the first 131,072 tokens, leaves 1 % of what it was there, when the state grew, or when the restored
 reading ended otherwise than the one that stayed.
