@@ -151,11 +151,9 @@ def _resets(length, *places):
     ("before", "length", "resets", "after"),
     [
         (6, 7, (0,), 9),  # at the first token, with a partial window open
-        (6, 8, (0,), 9),
         (8, 12, (0,), 9),  # whole windows on either side
         (7, 3, (1, 2), 9),  # twice in a window
         (2, 6, (0, 1, 2, 3, 4, 5), 9),  # at every token
-        (9, 1, (0,), 20),
         (5, 10, (3, 8), 0),
     ],
 )
@@ -325,20 +323,20 @@ def test_c8_less_than_a_window_is_held_and_writes_nothing(name, length):
 
 
 WIDE = {
-    "windowed": {}, "melodi": {}, "transformer-xl": {"cache": 128}, "memorizing": {"cache": 128, "memory": 512},
-    "block-recurrent": {"cache": 128},
+    "windowed": {}, "melodi": {}, "transformer-xl": {"cache": 250}, "memorizing": {"cache": 250, "memory": 500},
+    "block-recurrent": {"cache": 250},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "sizes"), WIDE.items())
 def test_c9_the_state_does_not_grow_over_a_hundred_thousand_tokens(name, sizes):
-    model, tokens = fresh(name, torch.float32, window=128, **sizes).requires_grad_(False), ids(1, 5000, "long")
+    model, tokens = fresh(name, torch.float32, window=250, num_hidden_layers=2, **sizes).requires_grad_(False), ids(1, 4990, "long")
     state, found = model.init_state(1), set()
-    for _ in range(20):
+    for _ in range(21):
         _, state = model(tokens, state)
         found.add(state.nbytes("all"))
     assert len(found) == 1
-    assert state.n_tokens.tolist() == [100_000]
+    assert state.n_tokens.tolist() == [21 * 4990]
     assert all(value.untyped_storage().nbytes() <= 2 * value.nbytes for value in state.memory().values())  # no view of something larger
 
 

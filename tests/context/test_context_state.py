@@ -132,6 +132,19 @@ def test_bfloat16_products_change_no_shape_or_dtype(name):
 
 
 @every_kind
+def test_steps_go_on_outside_autocast_and_inside_it_again(name):
+    model, tokens = shared(name, torch.float32), ids(1, 3, "in and out")
+    _, state = model(ids(1, 4 * WINDOW, "in and out before"))
+    whole, _ = model(tokens, state)
+    found = []
+    for place, is_short in enumerate((True, False, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_short):
+            logits, state = model.step(tokens[:, place : place + 1], state)
+        found.append(logits.float())
+    assert (torch.cat(found, dim=1) - whole).abs().mean() < 0.1
+
+
+@every_kind
 def test_training_under_autocast_gives_finite_gradients(name):
     model, tokens = fresh(name, torch.float32), ids(2, 19, "autocast train")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -151,9 +164,9 @@ def test_memory_in_bfloat16(name):
     assert all(value.dtype == torch.bfloat16 for value in after.memory().values() if value.is_floating_point())
     assert all_finite(logits)
     _, stepped = model.step(tokens[:, 5:6], model(tokens[:, :5], model.init_state(1))[1])
-    shorter = stepped.to(dtype=torch.bfloat16)  # its cache too
-    assert shorter.cache is not None
-    close(model.step(tokens[:, 6:7], shorter)[0], logits[:, 6:7], 0.1)
+    assert stepped.cache is not None
+    shorter = stepped.to(dtype=torch.bfloat16)
+    assert (model.step(tokens[:, 6:7], shorter)[0] - logits[:, 6:7]).abs().mean() < 0.2
 
 
 @every

@@ -235,7 +235,7 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         config, window = self.config, self.config.window
         shape = (state.batch, config.num_hidden_layers, config.num_attention_heads, window, config.head_size)
         keys = torch.zeros(shape, dtype=self.embedding.weight.dtype, device=self.device)
-        cache = {"keys": keys, "values": keys.clone()} | self._derive(state)
+        cache = {"keys": keys, "values": keys.clone()} | {name: value.to(keys.dtype) for name, value in self._derive(state).items()}
         longest = int(state.n_tail.max())
         if longest:
             place = torch.arange(longest, device=self.device).expand(state.batch, -1)

@@ -95,8 +95,9 @@ class ContextState:
         return self._map(lambda value: value.detach().clone())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """On another device; `dtype` changes the floats only."""
-        return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
+        """On another device; `dtype` changes the floats only, and drops the cache, which is of the model's dtype."""
+        kept = self if dtype is None else replace(self, cache=None)
+        return kept._map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
 
     def index_select(self, rows: Tensor) -> Self:
         """The state of these rows, in this order; `rows` is an index or a mask over B. Rows may repeat (beam search)."""
