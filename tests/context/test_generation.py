@@ -1,12 +1,16 @@
 """Token by token: steps, generation, and models that are saved and loaded."""
 
+import json
+
 import pytest
 import torch
 from context_models import KINDS, SIZES, VOCAB, WINDOW, ZOO, close, fresh, ids, in_pieces, same_memory, shared, start
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from remanence.context.language_model import load_context_model, sample
+from remanence.context import TransformerXL, TransformerXLConfig
+from remanence.context.kinds import load_context_model
+from remanence.context.language_model import sample
 from remanence.errors import DataError
 from remanence.keys import generator, keyed_rng
 from remanence.state import states_equal
@@ -243,3 +247,12 @@ def test_the_first_loss_is_near_chance(name):
     chance = torch.tensor(float(VOCAB)).log()
     assert chance - 0.2 < loss < chance + 1.2
     assert model.config.hidden_size % SIZES["num_attention_heads"] == 0
+
+
+def test_a_folder_that_lacks_tensors_is_refused(tmp_path):
+    config = TransformerXLConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, window=4, cache=4)
+    TransformerXL(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 2}))
+    with pytest.raises(DataError, match=r"lacks \d+ tensors of its own config.json \(first: layers.1"):
+        load_context_model(tmp_path)

@@ -11,6 +11,7 @@ from remanence.errors import DataError, RecipeError, RemanenceError, SettingErro
 if TYPE_CHECKING:
     from torch import Tensor
 
+# those of remanence.context.kinds, spelled out so that `--help` need not load torch
 KINDS = ("melodi", "transformer-xl", "memorizing", "block-recurrent", "windowed")
 _BYTES = {"vocab_size": 257, "bos_token_id": 256}
 
@@ -22,11 +23,10 @@ def settings_of(kind: str, given: Iterable[str]) -> tuple[Any, Any]:
         RecipeError: a setting is unknown, no YAML or of the wrong type.
         SettingError: a setting is out of range, or may not be changed.
     """
-    from remanence.context import BlockRecurrentTransformer, MelodiLM, MemorizingTransformer, TransformerXL
+    from remanence.context import kinds
 
-    classes: tuple[Any, ...] = (MelodiLM, TransformerXL, MemorizingTransformer, BlockRecurrentTransformer, TransformerXL)
-    model = dict(zip(KINDS, classes, strict=True))[kind]
-    fixed = _BYTES | ({"cache": 0} if kind == "windowed" else {})
+    model, own = kinds.KINDS[kind]
+    fixed = _BYTES | own
     owners = _owners(model.config_class)
     values = {}
     for key, value in overrides(given).items():

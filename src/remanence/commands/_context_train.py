@@ -35,7 +35,7 @@ _MEASURED_BYTES = 65_536
 
 def train(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    require_positive(arguments, "steps")
+    require_positive(arguments, "steps", "lr")
     kind, config = settings_of(arguments.model, arguments.overrides)
     source = python_sources() if arguments.corpus is None else text_folder(arguments.corpus)
     with keyed_rng(arguments.seed, "context model"):
@@ -65,7 +65,7 @@ def _trainer(arguments: argparse.Namespace, model: Any, source: "TextSource") ->
     config = model.config
     documents = [byte_ids(text).to(torch.uint8) for text in source.train]
     reader = DocumentReader(documents, _ROWS, _WINDOWS * config.window, config.bos_token_id, arguments.seed)
-    lr = 8e-3 if config.hidden_size <= 256 else 1e-3
+    lr = arguments.lr or (8e-3 if config.hidden_size <= 256 else 1e-3)
     return ContextTrainer(model, reader, arguments.steps, lr, folder=arguments.out, save_every=_SAVE_EVERY)
 
 

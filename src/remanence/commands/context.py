@@ -73,6 +73,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", nargs="?", type=Path, metavar="CORPUS", help=corpus)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model, and its checkpoint until it is done")
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="segments of each of 8 rows to read (default: 1000)")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="peak rate (default: 8e-3, or 1e-3 for more than 256 numbers of width)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights and the order of documents (default: 0)")
     _add_kind(parser)
     parser.set_defaults(command=_train)

@@ -5,7 +5,8 @@ from remanence.context.block_recurrent import BlockRecurrentState, BlockRecurren
 from remanence.context.configuration import BlockRecurrentConfig, ContextConfig, MelodiConfig, MemorizingConfig, TransformerXLConfig
 from remanence.context.documents import DocumentReader, Segment
 from remanence.context.evaluation import bits_by_position, document_losses
-from remanence.context.language_model import ContextLM, load_context_model
+from remanence.context.kinds import load_context_model
+from remanence.context.language_model import ContextLM
 from remanence.context.learner import MelodiReader
 from remanence.context.melodi import MelodiLM, MelodiState
 from remanence.context.memorizing import MemorizingState, MemorizingTransformer

@@ -15,7 +15,6 @@ Axes: B rows (documents); T tokens of a call; K windows of a call; W tokens of a
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +27,6 @@ from remanence.context.body import RMSNorm
 from remanence.context.configuration import ContextConfig
 from remanence.context.state import ContextState, spread
 from remanence.errors import DataError
-from remanence.parts.hosts import no_progress_bar
 from remanence.state import State
 
 
@@ -290,26 +288,3 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, generator: tor
         logits = logits.masked_fill(logits < least, -torch.inf)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
-
-def load_context_model(folder: str | Path) -> Any:
-    """The model that `save_pretrained` wrote, of whichever kind, in evaluation mode.
-
-    Raises:
-        DataError: the folder holds no model of this room.
-    """
-    from transformers import PreTrainedConfig
-
-    from remanence.context.block_recurrent import BlockRecurrentTransformer
-    from remanence.context.melodi import MelodiLM
-    from remanence.context.memorizing import MemorizingTransformer
-    from remanence.context.transformer_xl import TransformerXL
-
-    kinds = {kind.config_class.model_type: kind for kind in (BlockRecurrentTransformer, MelodiLM, MemorizingTransformer, TransformerXL)}
-    folder = Path(folder).expanduser()
-    if not (folder / "config.json").exists():
-        raise DataError(f"{folder} holds no config.json; give a folder that save_pretrained of a context model wrote.")
-    found = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    if found not in kinds:
-        raise DataError(f"{folder} holds a '{found}' model; this room reads {', '.join(sorted(kinds))}.")
-    with no_progress_bar():
-        return kinds[found].from_pretrained(folder, local_files_only=True).eval()

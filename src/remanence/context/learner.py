@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.context._read_document import ReadDocument
-from remanence.context.language_model import load_context_model
+from remanence.context.kinds import load_context_model
 from remanence.errors import ErasureNotSupported, SettingError
 from remanence.learner import Cursor, Footprint, Learner, Prediction, Steps, require_learnable
 from remanence.parts.gradient import run_verb

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 
 from remanence.artifact import Artifact
-from remanence.context.block_recurrent import BlockRecurrentTransformer
-from remanence.context.configuration import BlockRecurrentConfig, MelodiConfig, MemorizingConfig, TransformerXLConfig
 from remanence.context.documents import DocumentReader
 from remanence.context.evaluation import document_losses
-from remanence.context.melodi import MelodiLM
-from remanence.context.memorizing import MemorizingTransformer
+from remanence.context.kinds import KINDS
 from remanence.context.training import ContextTrainer
-from remanence.context.transformer_xl import TransformerXL
 from remanence.errors import SettingError
 from remanence.keys import keyed_rng
 from remanence.learner import Progress
@@ -33,13 +29,6 @@ from remanence.state import write_whole
 from remanence.streams.long_documents import BYTE_BOS, IDS_EVERY, byte_ids, place_ids
 
 ContextKind = Literal["melodi", "transformer-xl", "windowed", "memorizing", "block-recurrent"]
-_KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "melodi": (MelodiLM, MelodiConfig, {}),
-    "transformer-xl": (TransformerXL, TransformerXLConfig, {}),
-    "windowed": (TransformerXL, TransformerXLConfig, {"cache": 0}),
-    "memorizing": (MemorizingTransformer, MemorizingConfig, {}),
-    "block-recurrent": (BlockRecurrentTransformer, BlockRecurrentConfig, {}),
-}
 
 
 class PretrainedContextLM(Artifact):
@@ -68,7 +57,7 @@ class PretrainedContextLM(Artifact):
         self, source: Documents, kind: ContextKind = "melodi", config: dict[str, Any] | None = None, steps: int = 1000, rows: int = 8,
         segment: int = 512, lr: float = 8e-3, seed: int = 0,
     ) -> None:  # fmt: skip
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise SettingError(f"PretrainedContextLM: kind '{kind}' is unknown; choose one of {', '.join(get_args(ContextKind))}.")
         for name, value in (("steps", steps), ("rows", rows), ("segment", segment), ("lr", lr)):
             if value <= 0:
@@ -83,11 +72,11 @@ class PretrainedContextLM(Artifact):
             )
 
     def _configuration(self) -> Any:
-        _, configuration, fixed = _KINDS[self.model_kind]
+        model, fixed = KINDS[self.model_kind]
         clash = sorted(fixed.keys() & self.config.keys())
         if clash:
             raise SettingError(f"PretrainedContextLM: {clash[0]} is {fixed[clash[0]]} for kind '{self.model_kind}'; leave it out.")
-        return configuration(**fixed, **self.config)
+        return model.config_class(**fixed, **self.config)
 
     def settings(self) -> dict[str, Any]:
         names = ("steps", "rows", "segment", "lr", "seed")
@@ -123,7 +112,7 @@ class PretrainedContextLM(Artifact):
 
     def _model(self) -> Any:
         with keyed_rng(self.seed, "initialise"):
-            return _KINDS[self.model_kind][0](self._configuration())
+            return KINDS[self.model_kind].model(self._configuration())
 
     def _report(self, model: Any) -> Mapping[str, float]:
         losses = torch.cat(document_losses(model, [byte_ids(text) for text in self.source.test], BYTE_BOS, self.rows, self.segment))
