@@ -32,8 +32,9 @@ class TokenMixer(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(..., n_in, d) -> (..., n_out, d)."""
-        mixed: Tensor = self.weight @ self.norm(y) + self.bias[:, None]
-        return mixed
+        tokens: Tensor = self.norm(y).flatten(0, -3)
+        mixed = self.weight.expand(len(tokens), -1, -1) @ tokens  # one matrix for all would transpose and copy the tokens, twice as long
+        return mixed.view(*y.shape[:-2], *mixed.shape[1:]) + self.bias[:, None]
 
 
 class LongGate(nn.Module):
@@ -157,7 +158,7 @@ class MelodiLayer(nn.Module):
 
     def near(self, query: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         """Queries (B, h, T, e) over short-term memory and the window itself, keys and values (B, h, P, e) each."""
-        keys, values = (with_sink(torch.cat(pair, dim=2)) for pair in zip(past, own, strict=True))
+        keys, values = (with_sink(*pair) for pair in zip(past, own, strict=True))
         return attend(query, keys, values, bias)
 
     def far(self, near: Tensor, query: Tensor, y: Tensor, far: Far | None) -> Tensor:

@@ -102,7 +102,7 @@ class RecurrentLayer(WindowLayer):
         """A few tokens x (B, t, d) of one window, whose keys and values are put into `cache`, each (B, h, W, e)."""
         query, key, value = self.attention(x)
         put(cache, key, value, place)
-        all_keys, all_values = with_sink(torch.cat([keys, cache[0]], 2)), with_sink(torch.cat([values, cache[1]], 2))
+        all_keys, all_values = with_sink(keys, cache[0]), with_sink(values, cache[1])
         near = attend(query, all_keys, all_values, self._rows(state, place))
         begins = state.n_windows == 0
         states = state.states.to(x.dtype)

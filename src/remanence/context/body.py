@@ -88,9 +88,10 @@ def unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def with_sink(x: Tensor) -> Tensor:
-    """Keys or values (..., P, e) behind a zero one (..., 1 + P, e), whose logit is the floor."""
-    return F.pad(x, (0, 0, 1, 0))
+def with_sink(*parts: Tensor) -> Tensor:
+    """Keys or values, parts (..., P, e) one after the other, behind a zero one (..., 1 + P, e), whose logit is the floor."""
+    first = parts[0]
+    return torch.cat([first.new_zeros(*first.shape[:-2], 1, first.shape[-1]), *parts], dim=-2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -65,8 +65,8 @@ class MemoryLayer(nn.Module):
         """x (B, K, W, d), memory as in `MemorizingState` -> the same after the call."""
         query, key, value = self.attention(x)
         view = RingView(window, layout)
-        all_keys, all_values = (_flat(torch.cat([old[:, : view.n_used], new], 1)) for old, new in ((keys, key), (values, value)))
-        all_keys, all_values = with_sink(all_keys), with_sink(all_values)
+        pairs = (keys, key), (values, value)
+        all_keys, all_values = (with_sink(_flat(old[:, : view.n_used]), _flat(new)) for old, new in pairs)
         reads = []
         for number, each in enumerate(query.unbind(1)):  # window by window, so that the scores of one fit the caches
             bias = self._bias(view.seen(number))

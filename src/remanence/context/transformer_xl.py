@@ -100,7 +100,7 @@ class WindowLayer(nn.Module):
         """A few tokens x (B, t, d) of one window, whose keys and values are put into `cache`, each (B, h, W, e)."""
         query, key, value = self.attention(x)
         put(cache, key, value, place)
-        all_keys, all_values = with_sink(torch.cat([keys, cache[0]], 2)), with_sink(torch.cat([values, cache[1]], 2))
+        all_keys, all_values = with_sink(keys, cache[0]), with_sink(values, cache[1])
         read = attend(query, all_keys, all_values, self._rows(state, place))
         return self.feed_forward(x + self.attention.out(self.attention.merge(read)))  # type: ignore[no-any-return]
 
