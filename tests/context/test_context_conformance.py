@@ -323,14 +323,14 @@ def test_c8_less_than_a_window_is_held_and_writes_nothing(name, length):
 
 
 WIDE = {
-    "windowed": {}, "melodi": {}, "transformer-xl": {"cache": 250}, "memorizing": {"cache": 250, "memory": 500},
-    "block-recurrent": {"cache": 250},
+    "windowed": {}, "melodi": {}, "transformer-xl": {"cache": 100}, "memorizing": {"cache": 100, "memory": 200},
+    "block-recurrent": {"cache": 100},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "sizes"), WIDE.items())
 def test_c9_the_state_does_not_grow_over_a_hundred_thousand_tokens(name, sizes):
-    model, tokens = fresh(name, torch.float32, window=250, num_hidden_layers=2, **sizes).requires_grad_(False), ids(1, 4990, "long")
+    model, tokens = fresh(name, torch.float32, window=100, num_hidden_layers=2, **sizes).requires_grad_(False), ids(1, 4990, "long")
     state, found = model.init_state(1), set()
     for _ in range(21):
         _, state = model(tokens, state)
