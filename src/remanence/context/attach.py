@@ -116,6 +116,8 @@ class AttachedMelodi(nn.Module):
         state: AttachedMelodiState = ContextLM.init_state(cast("Any", self), batch, device, dtype)
         return state
 
+    _no_rows = ContextLM._no_rows
+
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config
         short = torch.zeros(batch, len(self.layers), config.short, config.hidden_size)

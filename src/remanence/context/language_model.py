@@ -15,6 +15,7 @@ Axes: B rows (documents); T tokens of a call; K windows of a call; W tokens of a
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from remanence.context._input_checks import require_state, require_tokens
 from remanence.context._layout import Layout, lay_out
 from remanence.context.body import RMSNorm
 from remanence.context.configuration import ContextConfig
@@ -99,12 +101,10 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
             dtype: of the memory's floats; float32 or bfloat16, whatever the weights are. It is cast when it is read.
 
         Raises:
-            DataError: `batch` is negative, or the dtype is float16, whose range recurrent memory leaves.
+            DataError: `batch` is negative, or the dtype is none of bfloat16, float32 and float64.
         """
         if batch < 0:
             raise DataError(f"init_state: batch={batch}; give 0 rows or more.")
-        if dtype == torch.float16:
-            raise DataError("init_state: float16 overflows in a memory that is rewritten window by window; use float32 or bfloat16.")
         with torch.device(device or self.device):
             zeros = torch.zeros(batch, dtype=torch.int64)
             tail = torch.zeros(batch, self.config.window, dtype=torch.int64)
@@ -150,39 +150,33 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
 
         Args:
             tokens, state, lengths, reset: see `forward`.
-            targets: (B, T) int64, what follows each token; negative ones are not counted.
+            targets: (B, T) int64, what follows each token; negative ones, and those of padding, are not counted.
 
         Raises:
             DataError: as in `forward`, or no target is to be counted.
         """
+        n_words = self.config.vocab_size
+        if targets.shape != tokens.shape or targets.dtype != torch.int64 or not bool((targets < n_words).all()):
+            given = f"{tuple(targets.shape)} of {targets.dtype} for tokens {tuple(tokens.shape)}"
+            raise DataError(f"loss: targets {given}; give an int64 id below {n_words} for each token, or a negative one.")
+        if lengths is not None and lengths.shape == tokens.shape[:1]:
+            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=targets.device) >= lengths[:, None], -1)
+        if not bool((targets >= 0).any()):
+            raise DataError(f"loss: none of the {targets.numel()} targets is to be counted; give one at least that is 0 or above.")
         logits, state = self(tokens, state, lengths, reset)
-        if targets.shape != tokens.shape or not bool((targets >= 0).any()):
-            n_counted = int((targets >= 0).sum())
-            shapes = f"{tuple(targets.shape)} for tokens {tuple(tokens.shape)}"
-            raise DataError(f"loss: targets {shapes}, {n_counted} of them to count; give one for each token, and one at least to count.")
         labels = targets.masked_fill(targets < 0, -100).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100), state
 
     def _checked(self, tokens: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Any:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise DataError(f"tokens: {tuple(tokens.shape)} of {tokens.dtype}; give ids (B, T) as int64.")
-        batch, length = tokens.shape
-        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
-            span = f"{int(tokens.min())} to {int(tokens.max())}"
-            raise DataError(f"tokens: ids {span}, the vocabulary has 0 to {self.config.vocab_size - 1}; pad with any id and give lengths.")
-        if lengths is not None and (lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > length)).any())):
-            raise DataError(f"lengths: {lengths.tolist()} for tokens {(batch, length)}; give one for each row, between 0 and {length}.")
-        if reset is not None and (reset.shape != tokens.shape or reset.dtype != torch.bool):
-            raise DataError(f"reset: {tuple(reset.shape)} of {reset.dtype} for tokens {(batch, length)}; give a bool for each token.")
+        require_tokens(tokens, lengths, reset, self.config.vocab_size)
         if state is None:
-            return self.init_state(batch)
-        if not isinstance(state, self.state_class) or state.batch != batch or state.tail.shape[1] != self.config.window:
-            found = f"{state.batch} rows of windows of {state.tail.shape[1]}" if isinstance(state, ContextState) else "no context state"
-            raise DataError(
-                f"state: a {type(state).__name__} ({found}) for {batch} rows of a {type(self).__name__} with windows of "
-                f"{self.config.window}; take it from this model's init_state({batch})."
-            )
+            return self.init_state(len(tokens))
+        require_state(state, self._no_rows, tokens, type(self).__name__)
         return state
+
+    @cached_property
+    def _no_rows(self) -> Any:
+        return self.init_state(0, device="cpu")
 
     def _hidden(self, tokens: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
         layout = lay_out(tokens, state, lengths, reset)
@@ -262,7 +256,7 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise DataError(f"generate: a prompt of shape {tuple(prompt.shape)}; give (B, T) with at least one token, BOS for instance.")
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise DataError(f"generate: temperature={temperature} must be 0 or more, top_k={top_k} 1 or more.")
         if temperature > 0 and generator is None:
             raise DataError("generate: drawing needs a generator=torch.Generator(); temperature=0 draws nothing.")

@@ -95,7 +95,13 @@ class ContextState:
         return self._map(lambda value: value.detach().clone())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """On another device; `dtype` changes the floats only, and drops the cache, which is of the model's dtype."""
+        """On another device; `dtype` changes the floats only, and drops the cache, which is of the model's dtype.
+
+        Raises:
+            DataError: the dtype is none of bfloat16, float32 and float64.
+        """
+        if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise DataError(f"state: memory in {dtype} leaves its range when it is rewritten window by window; use float32 or bfloat16.")
         kept = self if dtype is None else replace(self, cache=None)
         return kept._map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
 
