@@ -56,10 +56,13 @@ FULL_ATTENTION = XL.but(cache=0, window=4096)
 """A4: one window of 4,096 tokens, in which every layer sees all before; as far as MELODI's queue reaches back."""
 
 RECALL_MELODI = Arm("MelodiLM", {"short": 8, "long_per_window": 8, "long_windows": 32, "long_layers": [2]})
-RECALL = {"melodi": RECALL_MELODI, "transformer-xl": XL.but(cache=32), "windowed": XL.but(cache=0)}
+RECALL = {"melodi": RECALL_MELODI}
 """A2, all seeds; windows of 32."""
 
-RECALL_ONCE = {"queue off": RECALL_MELODI.but(long_per_window=0), "short off": RECALL_MELODI.but(short=0, summary=8)}
+RECALL_ONCE = {
+    "transformer-xl": XL.but(cache=32), "windowed": XL.but(cache=0), "queue off": RECALL_MELODI.but(long_per_window=0),
+    "short off": RECALL_MELODI.but(short=0, summary=8),
+}  # fmt: skip
 
 
 def make(model: str, config: dict[str, Any], seed: int) -> Any:

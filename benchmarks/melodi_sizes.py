@@ -33,7 +33,7 @@ class Size(NamedTuple):
     n_train_bytes: int = 560_000
     n_test_bytes: int = 131_072
     n_ablation_bytes: int = 65_536
-    recall_steps: int = 1600
+    recall_steps: int = 2400
     n_recall: int = 512
     judged: bool = True
 
