@@ -22,6 +22,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
     "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),
     "A3": Experiment("what each part is good for", gates.a3_cells, gates.a3),
-    "A4": Experiment("the same body with full attention over 4 k bytes, at equal tokens", gates.a4_cells, gates.a4),
+    "A4": Experiment("the same body with full attention within blocks of 4,096 tokens, at equal tokens", gates.a4_cells, gates.a4),
     "A5": Experiment("tokens a second: training, reading, writing", _speed_cells, _speed),
 }

@@ -4,12 +4,13 @@ A call that is timed begins at a state that was kept, so that lengths of a docum
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from melodi_arms import Arm, make
 from torch import Tensor, nn
+
+from remanence.environment import resident_bytes
 
 Call = Callable[[], object]
 
@@ -64,7 +65,7 @@ class Reader:
         for end in range(step, max(lengths) + 1, step):
             state = self.model(text[None, end - step : end], state)[1]
             if end in lengths:
-                self.states[end], self.resident[end] = state.fork(), resident_bytes()
+                self.states[end], self.resident[end] = state.fork(), resident_bytes() or 0
 
     def at(self, length: int, rows: int) -> Any:
         """The state at a length in every row."""
@@ -116,9 +117,3 @@ def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def document(n_bytes: int) -> Tensor:
     return torch.randint(0, 256, (n_bytes,), generator=torch.Generator().manual_seed(0))
-
-
-def resident_bytes() -> int:
-    """Of this process now; 0 where the system does not tell."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text(encoding="ascii").split()[1]) * 4096 if path.exists() else 0

@@ -117,10 +117,11 @@ def test_training_says_what_it_does_and_what_came_out(reader):
     first, *phases, took, bits, memory, place = reader.lines
     n_parameters = report["n_parameters"]
     assert first.startswith(f"melodi of {n_parameters:,} parameters: 6 steps of 1,024 bytes, ")
-    assert first.endswith("passes through the 5 documents of 'corpus0'; 1 are held out")
+    assert first.endswith("passes through the 5 documents of 'corpus0'; held out: 1")
     assert phases == ["training melodi: 6/6", "reading held-out documents: 1/1"]
     assert took.startswith("done in ")
-    assert bits.startswith(f"{report['bits_per_byte']:.4f} bits per byte on 1 held-out documents, {report['n_held_out_bytes']:,} bytes")
+    n_bytes = f"{report['n_held_out_bytes']:,} bytes"
+    assert bits.startswith(f"{report['bits_per_byte']:.4f} bits per byte on {n_bytes} of held-out text (documents: 1,")
     assert memory == "memory of a document: 896 bytes stored, 1,408 with keys and values counted"
     assert place == f"it lies in {reader.folder}"
 
@@ -321,7 +322,7 @@ def test_a_file_that_grew_is_read_on_from_where_it_ended(reader, book, tmp_path,
         log.write_bytes(content[:stop])
         assert call("stream", reader.folder, log, "--state", tmp_path / "log.safetensors") == 0
     printed = capsys.readouterr().out
-    assert "its first 3,333 bytes were read before; goes on behind them" in printed
+    assert "the file's first 3,333 bytes were read before; goes on behind them" in printed
     assert call("stream", reader.folder, book, "--state", tmp_path / "whole.safetensors") == 0
     assert_alike(remembered(tmp_path / "log.safetensors", reader.folder), remembered(tmp_path / "whole.safetensors", reader.folder))
     capsys.readouterr()
@@ -345,7 +346,7 @@ def test_an_interrupted_stream_goes_on_and_ends_bit_for_bit_alike(reader, book, 
         assert call("stream", reader.folder, book, *options, tmp_path / "cut.safetensors") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert call("stream", reader.folder, book, *options, tmp_path / "cut.safetensors") == 0
-    assert "its first 2,048 bytes were read before" in capsys.readouterr().out
+    assert "the file's first 2,048 bytes were read before" in capsys.readouterr().out
     assert_alike(*(remembered(tmp_path / f"{name}.safetensors", reader.folder) for name in ("cut", "whole")), exact=True)
 
 
@@ -443,7 +444,7 @@ def test_wrong_models_are_refused(command, reader, book, tmp_path, capsys):
     assert "holds no config.json" in error(tmp_path / "absent")
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "holds a 'gpt2' model; this room reads remanence-" in error(tmp_path / "gpt2")
+    assert "holds a 'gpt2' model; the context models are remanence-" in error(tmp_path / "gpt2")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text((reader.folder / "config.json").read_text())
     (tmp_path / "broken" / "model.safetensors").write_bytes(weights(reader.folder)[:1000])

@@ -230,10 +230,10 @@ def test_a_model_in_bfloat16_is_saved_and_loaded_as_it_is(tmp_path):
 
 
 def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(DataError, match=r"holds no config.json; give a folder that save_pretrained of a context model wrote"):
+    with pytest.raises(DataError, match=r"holds no config.json; give a folder that `remanence context train`, or save_pretrained"):
         load_context_model(tmp_path)
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"holds a 'gpt2' model; this room reads remanence-block-recurrent, remanence-melodi"):
+    with pytest.raises(DataError, match=r"holds a 'gpt2' model; the context models are remanence-block-recurrent, remanence-melodi"):
         load_context_model(tmp_path)
 
 

@@ -53,7 +53,7 @@ def _model(arguments: argparse.Namespace) -> Any:
 
 
 def _memory(model_type: str, state: Any) -> "Table":
-    table = _columns("memory of a document", "floats per layer and field", "shape", "stored bytes", "kv bytes")
+    table = _columns("memory of a document", "floats", "shape", "stored bytes", "kv bytes")
     fields = {name: value for name, value in state.memory().items() if value.is_floating_point()}
     for name, value in fields.items():
         stored = value.numel() * value.element_size()

@@ -74,7 +74,8 @@ def _found(file: BinaryIO, reading: Reading, part: dict[str, Any]) -> tuple[_Pla
             digest.update(chunk)
             left -= len(chunk)
         if left == 0 and digest.hexdigest() == part["sha256"]:
-            return _Place(reading, digest, part["n_bytes"]), [f"its first {part['n_bytes']:,} bytes were read before; goes on behind them"]
+            said = [f"the file's first {part['n_bytes']:,} bytes were read before; goes on behind them"]
+            return _Place(reading, digest, part["n_bytes"]), said
         file.seek(0)
     said = [f"read before: {reading.n_tokens:,} bytes; this is the document's next part"] if reading.n_tokens else []
     return _Place(reading, hashlib.sha256(), 0), said

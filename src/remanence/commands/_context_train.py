@@ -93,7 +93,7 @@ def _announcement(arguments: argparse.Namespace, model: Any, reader: DocumentRea
     n_parameters, passes = _about(model)["n_parameters"], arguments.steps / reader.segments_per_pass
     return (
         f"{arguments.model} of {n_parameters:,} parameters: {arguments.steps} steps of {_ROWS * reader.segment:,} bytes, {passes:.2g} "
-        f"passes through the {len(source.train)} documents of '{source.name}'; {len(source.test)} are held out"
+        f"passes through the {len(source.train)} documents of '{source.name}'; held out: {len(source.test)}"
     )
 
 
@@ -124,5 +124,6 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def _conclusion(report: dict[str, Any], model: Any, out: Path) -> list[str]:
-    read = f"{report['n_held_out']} held-out documents, {report['n_held_out_bytes']:,} bytes, the first {_MEASURED_BYTES:,} of each at most"
+    documents = f"documents: {report['n_held_out']}, up to {_MEASURED_BYTES:,} bytes of each"
+    read = f"{report['n_held_out_bytes']:,} bytes of held-out text ({documents})"
     return [f"{report['bits_per_byte']:.4f} bits per byte on {read}", f"memory of a document: {memory_said(model)}", f"it lies in {out}"]

@@ -44,7 +44,7 @@ memory; "kv" counts a key and a value for every long-term token, as papers do. T
 
 example:
   remanence context bytes reader
-  remanence context bytes --model melodi --set hidden_size=1024 --set window=512
+  remanence context bytes --model melodi --set hidden_size=1024 --set num_hidden_layers=13 --set window=512
 """
 
 _STREAM = """\
@@ -106,7 +106,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=KINDS, default="melodi", help="kind of model (default: melodi)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of its configuration")
+    setting = "a setting of its configuration, hidden_size=256 for instance; an unknown one lists all"
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=setting)
 
 
 def _train(arguments: argparse.Namespace) -> int:

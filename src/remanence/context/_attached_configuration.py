@@ -58,7 +58,7 @@ class AttachedMelodiConfig(ContextConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require_positive("short", "summary", "long_per_window", "long_windows", "lora_rank", least=0)
+        self._require_counts("short", "summary", "long_per_window", "long_windows", "lora_rank", least=0)
         if self.layers == [] and not self.lora_rank:
             self._refuse("layers=() with lora_rank=0 adds nothing; give layers, or a rank")
         if self.layers != [] and not self.summary:

@@ -37,7 +37,8 @@ class ContextConfig(PreTrainedConfig):  # type: ignore[misc]
         dropout: on the output of the MLP, while training.
 
     Raises:
-        SettingError: a setting is unknown, a number not above 0, the heads do not divide the width, or BOS lies outside the vocabulary.
+        SettingError: a setting is unknown or out of range, a size is no whole number, the heads do not divide the width, or BOS lies
+            outside the vocabulary.
     """
 
     model_type = "remanence-context"
@@ -51,7 +52,7 @@ class ContextConfig(PreTrainedConfig):  # type: ignore[misc]
         self.initial_temperature, self.attend_self, self.dropout = initial_temperature, attend_self, dropout
         self._require_known(others)
         super().__init__(bos_token_id=vocab_size - 1 if bos_token_id is None else bos_token_id, **others)
-        self._require_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "window", "initial_temperature")
+        self._require_counts("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "window")
         self._check()
 
     def _require_known(self, others: dict[str, Any]) -> None:
@@ -67,13 +68,16 @@ class ContextConfig(PreTrainedConfig):  # type: ignore[misc]
             self._refuse(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}")
         if not 0 <= self.bos_token_id < self.vocab_size:
             self._refuse(f"bos_token_id={self.bos_token_id} lies outside the vocabulary of {self.vocab_size}")
+        if not self.initial_temperature > 0:
+            self._refuse(f"initial_temperature={self.initial_temperature} must be above 0")
         if not 0 <= self.dropout < 1:
             self._refuse(f"dropout={self.dropout} lies outside [0, 1)")
 
-    def _require_positive(self, *names: str, least: float = 1) -> None:
+    def _require_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
-            if getattr(self, name) < (least if isinstance(getattr(self, name), int) else 1e-12):
-                self._refuse(f"{name}={getattr(self, name)} must be {least} or more")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                self._refuse(f"{name}={value!r} must be {least} or more{'' if isinstance(value, int) else ', and a whole number'}")
 
     def _require_layer(self, name: str, layer: int) -> None:
         if not 0 <= layer < self.num_hidden_layers:
@@ -112,7 +116,7 @@ class TransformerXLConfig(ContextConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require_positive("cache", least=0)
+        self._require_counts("cache", least=0)
         if self.cache % self.window:
             self._refuse(f"cache={self.cache} is no multiple of window={self.window}")
 
@@ -136,7 +140,7 @@ class MemorizingConfig(TransformerXLConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require_positive("memory")
+        self._require_counts("memory")
         self._require_layer("memory_layer", self.memory_layer)
         if self.memory % self.window:
             self._refuse(f"memory={self.memory} is no multiple of window={self.window}")
@@ -161,7 +165,7 @@ class BlockRecurrentConfig(TransformerXLConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require_positive("states")
+        self._require_counts("states")
         self._require_layer("recurrent_layer", self.recurrent_layer)
 
     def _state_settings(self) -> set[str]:
@@ -203,7 +207,7 @@ class MelodiConfig(ContextConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require_positive("short", "summary", "long_per_window", "long_windows", least=0)
+        self._require_counts("short", "summary", "long_per_window", "long_windows", least=0)
         for layer in self.long_layers:
             self._require_layer("long_layers", layer)
         for name, allowed in (("gate", _GATES), ("empty", _EMPTY)):

@@ -38,10 +38,12 @@ def load_context_model(folder: str | Path) -> Any:
     classes = {kind.model.config_class.model_type: kind.model for kind in KINDS.values()}
     folder = Path(folder).expanduser()
     if not (folder / "config.json").exists():
-        raise DataError(f"{folder} holds no config.json; give a folder that save_pretrained of a context model wrote.")
+        raise DataError(
+            f"{folder} holds no config.json; give a folder that `remanence context train`, or save_pretrained of a context model, wrote."
+        )
     found = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
     if found not in classes:
-        raise DataError(f"{folder} holds a '{found}' model; this room reads {', '.join(sorted(classes))}.")
+        raise DataError(f"{folder} holds a '{found}' model; the context models are {', '.join(sorted(classes))}.")
     with no_progress_bar():
         model, report = classes[found].from_pretrained(folder, local_files_only=True, output_loading_info=True)
     missing = sorted(report["missing_keys"])
