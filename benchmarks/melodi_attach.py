@@ -33,7 +33,7 @@ from remanence.grid import one_thread
 from remanence.state import write_whole
 
 RESULT = Path(__file__).parent / "results" / "melodi_attach.json"
-ARMS, RATES, TUNING_SEED = ("melodi", "adapters", "memory off"), (2e-3, 5e-3, 1e-2), 100
+ARMS, RATES, TUNING_SEED = ("melodi", "adapters", "memory off"), (2e-4, 6e-4, 2e-3, 5e-3, 1e-2), 100
 _EDGE = 8
 """Places at the beginning of a window whose loss is told apart."""
 
@@ -127,6 +127,7 @@ def judge(bench: Bench, cells: Cells, rates: dict[str, float]) -> tuple[dict[str
         Gate("attach", "melodi - adapters, parameters: within 5 %", f"{n_ours:,} and {n_theirs:,}", is_fair),
         below("melodi - adapters: below 0", ours - others["adapters"]),
         below("melodi - memory off: below 0", ours - others["memory off"]),
+        below("melodi - bare host, untrained: below 0", ours - nats([plain])),
     ]
     return {"arms": rows, "differences": differences}, gates
 

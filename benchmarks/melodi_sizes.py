@@ -28,7 +28,7 @@ class Size(NamedTuple):
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1000
     ablation_steps: int = 400
-    reported_steps: int = 200
+    reported_steps: int = 150
     vocabulary: int = 2048
     n_train_bytes: int = 560_000
     n_test_bytes: int = 131_072
