@@ -4,7 +4,7 @@
     python benchmarks/melodi_attach.py --quick       # very few steps, nothing judged: does everything run?
 
 Host: a Llama of 0.64 million parameters (see `melodi_attach_cells`), pretrained on windows of 32 subwords of one half of the training
-books. It reads windows of 32 throughout. Trained on the other half, with equal tokens, steps and schedule, each at the best of three
+books. It reads windows of 32 throughout. Trained on the other half, with equal tokens, steps and schedule, each at the best of five
 rates by two books kept back:
 
     melodi      memory layers behind all four blocks, and adapters of rank 4
