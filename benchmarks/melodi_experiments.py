@@ -21,7 +21,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "A0": Experiment("one rate for all arms", gates.a0_cells, gates.a0),
     "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
     "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),
-    "A3": Experiment("what each part is good for", gates.a3_cells, gates.a3),
+    "A3": Experiment("what each memory is good for", gates.a3_cells, gates.a3),
+    "A3-once": Experiment("what each part is good for: one seed, reported", gates.a3_once_cells, gates.a3_once),
     "A4": Experiment("the same body with full attention within blocks of 4,096 tokens, at equal tokens", gates.a4_cells, gates.a4),
     "A5": Experiment("tokens a second: training, reading, writing", _speed_cells, _speed),
 }

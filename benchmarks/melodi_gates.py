@@ -185,32 +185,37 @@ def _short_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **others
     return language_cell(name, arm, seed, steps, size, n_test_bytes=size.n_ablation_bytes, **others)
 
 
-def _a3(size: Size) -> tuple[dict[str, list[Cell]], dict[str, list[Cell]]]:
+def _a3(size: Size) -> dict[str, list[Cell]]:
     arms = {"melodi": MELODI} | ABLATED
-    paired = {name: [_short_cell(name, arm, seed, size.ablation_steps, size) for seed in size.seeds] for name, arm in arms.items()}
-    arms = {"melodi": MELODI} | ABLATED_ONCE
-    return paired, {name: [_short_cell(name, arm, size.seeds[0], size.reported_steps, size)] for name, arm in arms.items()}
+    return {name: [_short_cell(name, arm, seed, size.ablation_steps, size) for seed in size.seeds] for name, arm in arms.items()}
 
 
 def a3_cells(size: Size) -> list[Cell]:
-    paired, once = _a3(size)
-    return _listed(paired) + _listed(once)
+    return _listed(_a3(size))
 
 
 def a3(bench: Bench, size: Size) -> Judged:
-    paired, once = _a3(size)
-    results, rows = _rows(bench, paired)
-    single, single_rows = _rows(bench, once)
+    results, rows = _rows(bench, _a3(size))
     ours = bits_per_byte(results["melodi"])
     against = {name: ours - bits_per_byte(results[name]) for name in ABLATED}
-    figures = {
-        "paired": rows, "differences": {f"melodi - {name}": compared(found) for name, found in against.items()}, "one_seed": single_rows,
-        "one_seed_differences": {
-            f"melodi - {name}": compared(bits_per_byte(single["melodi"]) - bits_per_byte(single[name])) for name in ABLATED_ONCE
-        },
-    }  # fmt: skip
+    figures = {"arms": rows, "differences": {f"melodi - {name}": compared(found) for name, found in against.items()}}
     gates = [best_or_within_noise("A3", f"full - {name}: best or within noise", found) for name, found in against.items()]
     return figures, judged(size, gates)
+
+
+def _a3_once(size: Size) -> dict[str, list[Cell]]:
+    arms = {"melodi": MELODI} | ABLATED_ONCE
+    return {name: [_short_cell(name, arm, size.seeds[0], size.reported_steps, size)] for name, arm in arms.items()}
+
+
+def a3_once_cells(size: Size) -> list[Cell]:
+    return _listed(_a3_once(size))
+
+
+def a3_once(bench: Bench, size: Size) -> Judged:
+    results, rows = _rows(bench, _a3_once(size))
+    ours = bits_per_byte(results["melodi"])
+    return {"arms": rows, "differences": {f"melodi - {name}": compared(ours - bits_per_byte(results[name])) for name in ABLATED_ONCE}}, []
 
 
 def _a4(size: Size) -> dict[str, list[Cell]]:
