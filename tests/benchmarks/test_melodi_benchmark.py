@@ -146,8 +146,10 @@ def test_the_rate_falls_along_the_last_steps_and_the_training_ends_with_them(fil
 
 def test_a_language_cell_keeps_the_bits_of_every_document(files, tmp_path, monkeypatch):
     texts = [torch.arange(3000) % 7, torch.arange(2000) % 5]
-    monkeypatch.setattr(files.language, "documents", lambda *_: (texts, texts))
-    settings = {"arm": "xl", "model": "TransformerXL", "config": TINY, "seed": 0, "corpus": "books", "n_train_bytes": 0, "n_test_bytes": 0}
+    documents = files.language.Documents(texts, texts, torch.ones(257, dtype=torch.int64))
+    monkeypatch.setattr(files.language, "documents", lambda *_: documents)
+    settings = {"arm": "xl", "model": "TransformerXL", "config": TINY, "seed": 0, "corpus": "books", "vocabulary": 257}
+    settings |= {"n_train_bytes": 0, "n_test_bytes": 0}
     found = files.language.language(tmp_path, steps=2, rows=2, segment=64, **settings)
     assert found["n_bytes"] == [3000, 2000]
     assert [len(bits) for bits in found["bits"]] == [3, 2]
@@ -170,9 +172,10 @@ def test_a_finished_cell_leaves_its_figures_and_no_checkpoint(files, tmp_path, m
 
 def test_equal_cells_of_two_experiments_are_one(files):
     size = files.sizes.Size("books")
-    keys = {name: {cell.key for cell in files.experiments.EXPERIMENTS[name].cells(size)} for name in ("A1", "A2", "A3", "A4")}
-    assert [len(keys[name]) for name in keys] == [14, 11, 20, 4]
-    assert len(keys["A3"] & keys["A4"]) == 1, "the full model of 300 steps"
+    names = ("A0", "A1", "A2", "A3", "A3-once", "A4")
+    keys = {name: {cell.key for cell in files.experiments.EXPERIMENTS[name].cells(size)} for name in names}
+    assert [len(keys[name]) for name in keys] == [4, 12, 7, 9, 11, 4]
+    assert len(keys["A3-once"] & keys["A4"]) == 1, "the full model with one seed"
     assert not keys["A1"] & keys["A3"]
 
 
@@ -185,8 +188,28 @@ def test_every_arm_can_be_made(files, group):
 
 
 def test_memories_are_those_of_the_specification(files):
-    floats = {name: files.arms.make(*arm, 0).init_state(1).nbytes("kv") // 4 for name, arm in files.arms.COMPARED.items()}
-    assert list(floats.values()) == [137_216, 65_536, 131_072, 1_097_728]
+    arms = files.arms.COMPARED | {"equal": files.arms.COMPARED_ONCE["transformer-xl, equal memory"]}
+    floats = {name: files.arms.make(*arm, 0).init_state(1).nbytes("kv") // 4 for name, arm in arms.items()}
+    assert list(floats.values()) == [137_216, 65_536, 1_097_728, 131_072]
+
+
+def test_bits_of_a_token_count_where_it_begins(files):
+    bits, n_bytes = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64), torch.tensor([1020, 10, 1000, 30])
+    assert files.language.in_bins(bits, n_bytes) == [3.0, 12.0, 0.0]
+
+
+def test_text_is_cut_into_byte_pairs_of_the_training_side_and_kept(files, tmp_path, monkeypatch):
+    import remanence.streams as streams
+
+    eaters = ("Ann", "Bob", "Cid", "Dot", "Eve", "Fay")
+    source = streams.TextSource("toy", tuple(f"{name} ate the apple. " * 40 for name in eaters), ("Fin. é",))
+    monkeypatch.setattr(streams, "books", lambda: source)
+    found = files.language.documents("books", 300, 200, 100, "test", tmp_path)
+    assert [int(found.n_bytes[ids].sum()) for ids in found.train] == [200] * 6
+    assert int(found.n_bytes[found.test[0]].sum()) == len("Fin. é".encode())
+    monkeypatch.setattr(streams, "books", None)  # the second time nothing is read anew
+    valid = files.language.documents("books", 300, 200, 100, "valid", tmp_path)
+    assert (len(valid.train), len(valid.test)) == (2, 4)
 
 
 # --- statistics and gates ------------------------------------------------------------------------------------------------
@@ -258,7 +281,9 @@ def test_a3_fails_only_when_the_full_model_is_worse_beyond_noise(files):
     bench = Told(melodi=noisy, short_only=language_result(1.97), long_only=language_result(1.5), other=language_result(2.0))
     figures, gates = files.gates.a3(bench, size)
     assert [gate.passed for gate in gates] == [True, False]
-    assert len(figures["one_seed"]) == 11
+    assert len(figures["arms"]) == 3
+    once, none = files.gates.a3_once(bench, size)
+    assert (len(once["arms"]), none) == (11, [])
     better, gates = files.gates.a3(Told(melodi=language_result(1.0), other=noisy), size)
     assert [gate.passed for gate in gates] == [True, True]
     assert better["differences"]["melodi - short only"]["upper"] < 0
