@@ -72,6 +72,7 @@ MISSED = {
     *(("M4", "head"), ("M4", "head + class token"), ("M9", "post-norm, copy"), ("G4", "mundane")),
     *(("H1", "ProtoNet"), ("H3", "large"), ("H3", "logits only"), ("H6", "gain with one"), ("H7", "for another")),
     *(("H2", "ProtoNet"), ("H5", "MAML"), ("C3", "ConstPN"), ("C4b", "NoCarry"), ("C6", "trained on 1 to 10")),
+    *(("A1", "Transformer-XL"), ("attach", "adapters"), ("attach", "memory off"), ("attach", "bare host, untrained")),
 }
 """Scientific bars that the committed run missed: (row, rival). LEDGER.md calls each of them not reproduced."""
 
@@ -140,6 +141,15 @@ def _hyper(row, word=""):
     return [gate["seen"].split(" (")[0] for gate in found]
 
 
+def _seen_in(name, word):
+    return [gate["seen"].split(" (")[0] for gate in _result(name)["gates"] if word in gate["criterion"]]
+
+
+def _melodi(row, word=""):
+    found = [gate for gate in _result("melodi")["gates"] if gate["row"] == row and word in gate["criterion"]]
+    return [gate["seen"].split(" (")[0] for gate in found]
+
+
 def _tracing():
     return "{ratio:.3f} [{ratio_low:.3f}, {ratio_high:.3f}]".format(**_result("fact_tracing")["training"])
 
@@ -187,6 +197,13 @@ QUOTED = {
     "It goes on beyond the tasks": lambda: _hyper("C6"),
     "A task costs one pass": lambda: _hyper("C7"),
     "Many tasks in one call": lambda: _hyper("speed"),
+    "A compressed memory reads": lambda: _melodi("A1", "- Transformer-XL"),
+    "It equals a Memorizing Transformer": lambda: [*_melodi("A1", "1.01 x"), *_melodi("A1", "memory: at most")],
+    "Its memory carries bindings": lambda: _melodi("A2"),
+    "Short-term and long-term memory": lambda: _melodi("A3"),
+    "A window costs the same": lambda: [*_melodi("A5", "time per window"), *_melodi("A5", "resident memory")],
+    "A pretrained language model can": lambda: _seen_in("melodi_attach", "below 0"),
+    "Reading on takes no memory": lambda: _seen_in("melodi_stream", "resident memory"),
 }
 
 
