@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypertransformer_cells import Bench, Cell, Result
+from melodi_cells import Bench, Cell, Result, flushed_denormals
 from torch import Tensor, nn
 
 from remanence.artifact import materialise
@@ -168,8 +168,7 @@ def run_cell(cell: Cell, folder: Path, cpu_seconds: float | None = None) -> None
     settings = dict(cell.settings)
     host, documents = Path(settings.pop("host")), load_state(folder / settings.pop("documents"))
     training = folder / f"{cell.key}.training"
-    with one_thread():
-        torch.set_flush_denormal(True)
+    with one_thread(), flushed_denormals():
         found = bare(documents, host) if cell.kind == "bare" else trained(training, documents, host, **settings)
     write_whole(folder / f"{cell.key}.json", json.dumps({"kind": cell.kind, "settings": settings} | found, indent=1) + "\n")
     shutil.rmtree(training, ignore_errors=True)

@@ -19,10 +19,9 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 from continual_cases import Gate
 from melodi_arms import COMPARED, COMPARED_ONCE, MELODI, XL, Arm
-from melodi_cells import Bench
+from melodi_cells import Bench, flushed_denormals
 from melodi_sizes import Judged, Size, judged
 from melodi_speed_readers import Call, Plan, Reader
 from melodi_speed_rival import NAME, TheirReader
@@ -184,7 +183,11 @@ def prepared(arms: dict[str, Arm], plan: Plan) -> dict[str, Reader]:
 
 def measure(plan: Plan, arms: dict[str, Arm] = READERS) -> Judged:
     """All figures and gates of a plan; MELODI must be among the arms."""
-    torch.set_flush_denormal(True)
+    with flushed_denormals():
+        return _measured(plan, arms)
+
+
+def _measured(plan: Plan, arms: dict[str, Arm]) -> Judged:
     ours = prepared(arms, plan)
     figures, gates = constancy(ours["melodi"], plan)
     by_window = Reader(arms["melodi"], plan, by_window=True)

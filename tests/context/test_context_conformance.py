@@ -388,7 +388,7 @@ def test_peers_evaluation_in_between_leaves_training_memory_alone(name):
     kept = state.fork()
     model.eval()(ids(5, 10, "evaluate"), start(model, 5))
     assert states_equal(state.state_dict(), kept.state_dict())
-    with pytest.raises(DataError, match=r"2 rows of windows of 4\) for 5 rows .* init_state\(5\)"):
+    with pytest.raises(DataError, match=r"\(2 rows, .* tail 4\) for 5 rows .* init_state\(5\)"):
         model(ids(5, 10, "evaluate"), state)
 
 
