@@ -86,7 +86,7 @@ def a0(bench: Bench, size: Size) -> Judged:
     results = {rate: [bench.result(cell) for cell in found] for rate, found in _a0(size).items()}
     found = {rate: round(float(bits_per_byte(each).mean()), 4) for rate, each in results.items()}
     best = min(found, key=found.__getitem__)
-    criterion = f"the rate of all arms, {LR}, is the best of four for Transformer-XL on validation documents"
+    criterion = f"{LR} for all arms - best of four: for Transformer-XL, on validation documents"
     return {"bits_per_byte": found}, judged(size, [Gate("A0", criterion, f"{found}", float(best) == LR)])
 
 
