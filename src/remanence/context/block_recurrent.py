@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
-from remanence.context.body import Attention, RMSNorm, attend, put, unit, with_sink
+from remanence.context.body import Attention, RMSNorm, attend, in_a_row, put, unit, with_sink
 from remanence.context.configuration import BlockRecurrentConfig, ContextConfig
 from remanence.context.state import ContextState, spread
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState, WindowLayer
@@ -58,7 +58,7 @@ class RecurrentLayer(WindowLayer):
     def recur(self, x: Tensor, keys: Tensor, values: Tensor, states: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         """x (B, K, W, d), cache (B, h, C, e), states (B, R, d) -> the same after the call."""
         query, key, value = self.attention(x)
-        all_keys, all_values = (torch.cat([past, new.transpose(1, 2).flatten(2, 3)], dim=2) for past, new in ((keys, key), (values, value)))
+        all_keys, all_values = (torch.cat([past, in_a_row(new)], dim=2) for past, new in ((keys, key), (values, value)))
         near = self.local(query, all_keys, all_values, layout)
         before = []
         for number, (each_key, each_value) in enumerate(zip(key.unbind(1), value.unbind(1), strict=True)):

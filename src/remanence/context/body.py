@@ -156,3 +156,8 @@ def put(cache: tuple[Tensor, Tensor], key: Tensor, value: Tensor, place: Tensor)
     where = place[:, None, :, None].expand_as(key)
     for held, new in zip(cache, (key, value), strict=True):
         held.scatter_(2, where, new.to(held.dtype))  # under autocast they are shorter
+
+
+def in_a_row(x: Tensor) -> Tensor:
+    """Windows (B, K, h, W, e) one after the other, (B, h, K W, e)."""
+    return x.transpose(1, 2).flatten(2, 3)

@@ -27,7 +27,7 @@ from remanence.context._input_checks import require_state, require_tokens
 from remanence.context._layout import Layout, lay_out
 from remanence.context.body import RMSNorm
 from remanence.context.configuration import ContextConfig
-from remanence.context.state import ContextState, spread
+from remanence.context.state import ContextState, emptied
 from remanence.errors import DataError
 from remanence.state import State
 
@@ -184,13 +184,10 @@ class ContextLM(PreTrainedModel):  # type: ignore[misc]
         x, memory = self._read(self.embedding(layout.tokens), state, layout)
         after = layout.advance(state)
         if not layout.is_whole:
-            memory = {name: self._emptied(name, value, after["n_windows"] == 0) for name, value in memory.items()}
+            # nothing of an earlier document stays behind where the new one has not yet filled a window
+            memory = {name: emptied(value, after["n_windows"] == 0) for name, value in memory.items()}
         memory = {name: value.to(getattr(state, name).dtype) for name, value in memory.items()}
         return layout.gather(x), replace(state, **memory, **after)
-
-    def _emptied(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
-        """Nothing of an earlier document stays behind where the new one has not yet filled a window."""
-        return torch.where(spread(rows, value), self.state_class.empty_like(name, value), value)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(hidden))

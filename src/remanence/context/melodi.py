@@ -46,10 +46,6 @@ class MelodiState(ContextState):
     long: Tensor
     long_window: Tensor
 
-    @classmethod
-    def empty_like(cls, name: str, value: Tensor) -> Tensor:
-        return torch.full_like(value, NEVER) if name == "long_window" else torch.zeros_like(value)
-
     def _kv_bytes(self) -> int:
         return (self.short.numel() + 2 * self.long.numel()) * self.short.element_size()
 

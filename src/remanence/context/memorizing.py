@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from remanence.context._layout import Layout
 from remanence.context._ring import NEVER, RingView, committed
-from remanence.context.body import FLOOR, Attention, FeedForward, attend, put, with_sink
+from remanence.context.body import FLOOR, Attention, FeedForward, attend, in_a_row, put, with_sink
 from remanence.context.configuration import ContextConfig, MemorizingConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
@@ -43,10 +43,6 @@ class MemorizingState(ContextState):
     memory_values: Tensor
     memory_window: Tensor
 
-    @classmethod
-    def empty_like(cls, name: str, value: Tensor) -> Tensor:
-        return torch.full_like(value, NEVER) if name == "memory_window" else torch.zeros_like(value)
-
 
 class MemoryLayer(nn.Module):
     """One softmax over long memory and window, then the MLP.
@@ -66,7 +62,7 @@ class MemoryLayer(nn.Module):
         query, key, value = self.attention(x)
         view = RingView(window, layout)
         pairs = (keys, key), (values, value)
-        all_keys, all_values = (with_sink(_flat(old[:, : view.n_used]), _flat(new)) for old, new in pairs)
+        all_keys, all_values = (with_sink(in_a_row(old[:, : view.n_used]), in_a_row(new)) for old, new in pairs)
         reads = []
         for number, each in enumerate(query.unbind(1)):  # window by window, so that the scores of one fit the caches
             bias = self._bias(view.seen(number))
@@ -96,11 +92,6 @@ class MemoryLayer(nn.Module):
         bias = bias[torch.arange(len(x), device=x.device)[:, None], place][:, None]
         read = attend(query, torch.cat([memory[0], cache[0]], 2), torch.cat([memory[1], cache[1]], 2), bias)
         return self.feed_forward(x + self.attention.out(self.attention.merge(read)))  # type: ignore[no-any-return]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(B, P, h, W, e) -> (B, h, P W, e)."""
-    return x.transpose(1, 2).flatten(2, 3)
 
 
 class MemorizingTransformer(ContextLM):
@@ -148,8 +139,8 @@ class MemorizingTransformer(ContextLM):
 
     def _derive(self, state: Any) -> dict[str, Tensor]:
         return {
-            "memory_keys": with_sink(_flat(state.memory_keys.to(self.dtype))),
-            "memory_values": with_sink(_flat(state.memory_values.to(self.dtype))),
+            "memory_keys": with_sink(in_a_row(state.memory_keys.to(self.dtype))),
+            "memory_values": with_sink(in_a_row(state.memory_values.to(self.dtype))),
         }
 
     def _extend(self, x: Tensor, state: Any, cache: dict[str, Tensor], place: Tensor) -> Tensor:

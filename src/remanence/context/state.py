@@ -138,15 +138,9 @@ class ContextState:
         """
         mask = torch.zeros(self.batch, dtype=torch.bool, device=self.n_tokens.device)
         mask[rows] = True
-        emptied = {name: self.empty_like(name, value) for name, value in self.memory().items()}
-        memory = {name: torch.where(spread(mask, value), emptied[name], value) for name, value in self.memory().items()}
+        memory = {name: emptied(value, mask) for name, value in self.memory().items()}
         n_tokens, n_windows = self.n_tokens.masked_fill(mask, 0), self.n_windows.masked_fill(mask, 0)
         return replace(self, **memory, n_tokens=n_tokens, n_windows=n_windows, document=self.document + mask, cache=None)
-
-    @classmethod
-    def empty_like(cls, name: str, value: Tensor) -> Tensor:
-        """What a field of memory is before anything was written: zeros, unless a subclass says otherwise."""
-        return torch.zeros_like(value)
 
     # --- on disk -----------------------------------------------------------------------------------------------
 
@@ -185,6 +179,11 @@ _BOOKKEEPING = {field.name for field in fields(ContextState)}
 def spread(mask: Tensor, value: Tensor) -> Tensor:
     """A mask (B,) over rows, shaped to meet value (B, ...)."""
     return mask.view(-1, *[1] * (value.dim() - 1))
+
+
+def emptied(value: Tensor, rows: Tensor) -> Tensor:
+    """A field of memory (B, ...) as it is before anything was written, in these rows (B,): zeros, and no window in a ring's numbers."""
+    return torch.where(spread(rows, value), 0 if value.is_floating_point() else -1, value)
 
 
 def _bytes(value: Tensor) -> int:

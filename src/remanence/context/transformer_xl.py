@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
-from remanence.context.body import Attention, FeedForward, PositionBias, attend, put, with_sink
+from remanence.context.body import Attention, FeedForward, PositionBias, attend, in_a_row, put, with_sink
 from remanence.context.configuration import ContextConfig, TransformerXLConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
@@ -52,7 +52,7 @@ class WindowLayer(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, W, d), cached keys and values (B, h, C, e) -> the same after the call."""
         query, key, value = self.attention(x)
-        all_keys, all_values = (torch.cat([past, _in_a_row(new)], dim=2) for past, new in ((keys, key), (values, value)))
+        all_keys, all_values = (torch.cat([past, in_a_row(new)], dim=2) for past, new in ((keys, key), (values, value)))
         read = self.local(query, all_keys, all_values, layout)
         x = self.feed_forward(x + self.attention.out(self.attention.merge(read)))
         return x, self._newest(all_keys, layout), self._newest(all_values, layout)
@@ -107,11 +107,6 @@ class WindowLayer(nn.Module):
     def _rows(self, state: ContextState, place: Tensor) -> Tensor:
         """The bias of queries at `place` (B, t) -> (B, h, t, 1 + C + W)."""
         return self.bias()[:, place].movedim(0, 1) + self._cold(state.n_windows)
-
-
-def _in_a_row(x: Tensor) -> Tensor:
-    """(B, K, h, W, e) -> (B, h, K W, e)."""
-    return x.transpose(1, 2).flatten(2, 3)
 
 
 class TransformerXL(ContextLM):
