@@ -8,9 +8,22 @@ from typing import Any
 
 import numpy as np
 from continual_cases import Gate
-from melodi_arms import ABLATED, ABLATED_ONCE, COMPARED, COMPARED_ONCE, FULL_ATTENTION, MELODI, RECALL, RECALL_ONCE, XL, Arm
+from melodi_arms import (
+    ABLATED,
+    ABLATED_ONCE,
+    CHOSEN,
+    COMPARED,
+    COMPARED_ONCE,
+    FULL_ATTENTION,
+    MELODI,
+    RATES,
+    RECALL,
+    RECALL_ONCE,
+    XL,
+    Arm,
+)  # fmt: skip
 from melodi_cells import Bench, Cell
-from melodi_language import BIN, LR, ROWS, SEGMENT
+from melodi_language import BIN, ROWS, SEGMENT
 from melodi_recall import CHANCE, GAPS, STAGES, UNBOUND
 from melodi_sizes import Judged, Size, at_most, best_or_within_noise, compared, judged, language_cell, recall_cell
 
@@ -65,37 +78,45 @@ def _listed(cells: dict[str, list[Cell]]) -> list[Cell]:
 
 # --- A0 ------------------------------------------------------------------------------------------------------------------
 
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
-"""Candidates; 2e-3 was far from enough within a thousand steps (300 steps: 2.56 bits per byte against 2.35)."""
-
 _TUNING_SEED = 100
 
 
-def _a0(size: Size) -> dict[str, list[Cell]]:
-    def cell(rate: float) -> Cell:
-        return language_cell("transformer-xl", XL, _TUNING_SEED, size.reported_steps, size, lr=rate, split="valid")
+def _a0(size: Size) -> dict[str, dict[float, Cell]]:
+    def cell(name: str, arm: Arm, rate: float) -> Cell:
+        return language_cell(name, arm, _TUNING_SEED, size.tuning_steps, size, lr=rate, split="valid")
 
-    return {str(rate): [cell(rate)] for rate in RATES}
+    arms = COMPARED | COMPARED_ONCE
+    return {name: {rate: cell(name, arm, rate) for rate in RATES} for name, arm in arms.items()}
 
 
 def a0_cells(size: Size) -> list[Cell]:
-    return _listed(_a0(size))
+    return [cell for cells in _a0(size).values() for cell in cells.values()]
 
 
 def a0(bench: Bench, size: Size) -> Judged:
-    results = {rate: [bench.result(cell) for cell in found] for rate, found in _a0(size).items()}
-    found = {rate: round(float(bits_per_byte(each).mean()), 4) for rate, each in results.items()}
+    found = {
+        name: {rate: round(float(bits_per_byte([bench.result(cell)]).mean()), 4) for rate, cell in cells.items()}
+        for name, cells in _a0(size).items()
+    }
+    return {"bits_per_byte": found}, judged(size, [_best_rate(name, each) for name, each in found.items()])
+
+
+def _best_rate(name: str, found: dict[float, float]) -> Gate:
     best = min(found, key=found.__getitem__)
-    criterion = f"{LR} for all arms - best of four: for Transformer-XL, on validation documents"
-    return {"bits_per_byte": found}, judged(size, [Gate("A0", criterion, f"{found}", float(best) == LR)])
+    criterion = f"rate of A1 - best of {len(found)}: {name}, on validation documents, inside the range"
+    seen = f"{CHOSEN[name]}; " + ", ".join(f"{rate} {value:.4f}" for rate, value in found.items())
+    return Gate("A0", criterion, seen, best == CHOSEN[name] and min(found) < best < max(found))
 
 
 # --- A1 ------------------------------------------------------------------------------------------------------------------
 
 
 def _a1(size: Size) -> dict[str, list[Cell]]:
-    paired = {name: [language_cell(name, arm, seed, size.steps, size) for seed in size.seeds] for name, arm in COMPARED.items()}
-    return paired | {name: [language_cell(name, arm, size.seeds[0], size.steps, size)] for name, arm in COMPARED_ONCE.items()}
+    def cell(name: str, arm: Arm, seed: int) -> Cell:
+        return language_cell(name, arm, seed, size.steps, size, lr=CHOSEN[name])
+
+    paired = {name: [cell(name, arm, seed) for seed in size.seeds] for name, arm in COMPARED.items()}
+    return paired | {name: [cell(name, arm, size.seeds[0])] for name, arm in COMPARED_ONCE.items()}
 
 
 def a1_cells(size: Size) -> list[Cell]:
@@ -182,7 +203,8 @@ def _at_chance(name: str, results: Sequence[dict[str, Any]], gaps: Sequence[str]
 
 
 def _short_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **others: Any) -> Cell:
-    return language_cell(name, arm, seed, steps, size, n_test_bytes=size.n_ablation_bytes, **others)
+    settings = {"lr": CHOSEN.get(name, CHOSEN["melodi"]), "n_test_bytes": size.n_ablation_bytes} | others
+    return language_cell(name, arm, seed, steps, size, **settings)
 
 
 def _a3(size: Size) -> dict[str, list[Cell]]:
@@ -223,7 +245,8 @@ def _a4(size: Size) -> dict[str, list[Cell]]:
     arms = {"full attention": FULL_ATTENTION, "melodi": MELODI, "transformer-xl": XL, "memorizing": COMPARED["memorizing"]}
     cells = {name: [_short_cell(name, arm, seed, steps, size)] for name, arm in arms.items()}
     # as many tokens a step as the others, in one row: gradients reach as far as attention does
-    cells["full attention"] = [_short_cell("full attention", FULL_ATTENTION, seed, steps, size, rows=1, segment=ROWS * SEGMENT)]
+    others = {"rows": 1, "segment": ROWS * SEGMENT, "lr": CHOSEN["transformer-xl"]}
+    cells["full attention"] = [_short_cell("full attention", FULL_ATTENTION, seed, steps, size, **others)]
     return cells
 
 

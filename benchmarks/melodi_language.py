@@ -26,9 +26,6 @@ BIN = 1024
 """Bytes of a position bin."""
 
 ROWS, SEGMENT = 8, 512
-LR = 1.6e-2
-"""Peak rate of every arm: the best of four for Transformer-XL at 300 steps; A0 asks again on validation books, in fewer steps."""
-
 N_VALID = 4
 _CHECKPOINT_STEPS = 50
 
@@ -81,7 +78,7 @@ def _encoded(corpus: str, vocabulary: int, n_train_bytes: int, n_test_bytes: int
 
 def language(
     training: Path, arm: str, model: str, config: dict[str, Any], seed: int, steps: int, corpus: str, vocabulary: int, n_train_bytes: int,
-    n_test_bytes: int, rows: int = ROWS, segment: int = SEGMENT, lr: float = LR, split: str = "test",
+    n_test_bytes: int, lr: float, rows: int = ROWS, segment: int = SEGMENT, split: str = "test",
 ) -> dict[str, Any]:  # fmt: skip
     """Train an arm, and score the documents of the split."""
     data = documents(corpus, vocabulary, n_train_bytes, n_test_bytes, split, training.parent / "documents")

@@ -16,7 +16,8 @@ class Size(NamedTuple):
 
     Args:
         seeds: of arms that are judged; the first one alone of arms that are only reported.
-        steps, ablation_steps, reported_steps: of A1, of A3's paired arms, and of the arms of A3 and A4 with one seed.
+        steps, tuning_steps: of A1, and of the choice of its rates.
+        ablation_steps, reported_steps: of A3's paired arms, and of the arms of A3 and A4 with one seed.
         vocabulary: byte pairs, the token that begins documents included.
         n_train_bytes, n_test_bytes: of every training and held-out document, from its beginning.
         n_ablation_bytes: of every held-out document, in A3 and A4.
@@ -27,8 +28,9 @@ class Size(NamedTuple):
     corpus: str
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1000
-    ablation_steps: int = 400
-    reported_steps: int = 150
+    tuning_steps: int = 300
+    ablation_steps: int = 600
+    reported_steps: int = 300
     vocabulary: int = 2048
     n_train_bytes: int = 560_000
     n_test_bytes: int = 131_072
@@ -39,7 +41,7 @@ class Size(NamedTuple):
 
 
 QUICK = {
-    "seeds": (0,), "steps": 3, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300, "n_train_bytes": 20_000,
+    "seeds": (0,), "steps": 3, "tuning_steps": 1, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300, "n_train_bytes": 20_000,
     "n_test_bytes": 2_048, "n_ablation_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
 }  # fmt: skip
 
@@ -49,11 +51,11 @@ class Experiment(NamedTuple):
     judge: Callable[[Bench, Size], Judged]
 
 
-def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, **others: Any) -> Cell:
+def language_cell(name: str, arm: Arm, seed: int, steps: int, size: Size, lr: float, **others: Any) -> Cell:
     """A language model; `others` are arguments of `melodi_language.language` that differ from its own."""
     names = ("corpus", "vocabulary", "n_train_bytes", "n_test_bytes")
     data = {name: getattr(size, name) for name in names}
-    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data, **others})
+    return Cell("language", {"arm": name, "seed": seed, "steps": steps, **arm._asdict(), **data, "lr": lr, **others})
 
 
 def recall_cell(name: str, arm: Arm, seed: int, size: Size) -> Cell:

@@ -150,14 +150,14 @@ def test_a_language_cell_keeps_the_bits_of_every_document(files, tmp_path, monke
     monkeypatch.setattr(files.language, "documents", lambda *_: documents)
     settings = {"arm": "xl", "model": "TransformerXL", "config": TINY, "seed": 0, "corpus": "books", "vocabulary": 257}
     settings |= {"n_train_bytes": 0, "n_test_bytes": 0}
-    found = files.language.language(tmp_path, steps=2, rows=2, segment=64, **settings)
+    found = files.language.language(tmp_path, steps=2, lr=8e-3, rows=2, segment=64, **settings)
     assert found["n_bytes"] == [3000, 2000]
     assert [len(bits) for bits in found["bits"]] == [3, 2]
     assert len(found["bits_by_place_in_window"]) == 64
     rate = sum(map(sum, found["bits"])) / 5000
     assert 2 < rate < 20
     assert files.gates.bits_per_byte([found]).shape == (1, 2)
-    again = files.language.language(tmp_path, steps=2, rows=2, segment=64, **settings)
+    again = files.language.language(tmp_path, steps=2, lr=8e-3, rows=2, segment=64, **settings)
     assert again["bits"] == found["bits"]
     assert again["cpu_seconds_per_step"] is None
 
