@@ -21,7 +21,7 @@ from remanence.context import (
     load_context_state,
     save_context_state,
 )
-from remanence.context._attached_call import Entries
+from remanence.context._attached_call import visible_entries
 from remanence.context._layout import lay_out
 from remanence.errors import DataError, NonFiniteLoss, SettingError, StateMismatchError
 from remanence.keys import generator, keyed_rng
@@ -203,15 +203,24 @@ def test_nothing_of_an_earlier_document_stays_in_the_state():
 
 
 def test_the_queue_is_first_in_first_out():
-    """Against a list, over three lengths of the queue, with calls of one to three windows."""
+    """However many windows a call has: the last three are kept, each as it was when it was written."""
     made = attached(long_windows=3)
-    tokens, state, kept = ids(1, 9 * W), None, []
+    tokens, state, written = ids(1, 9 * W), None, {}
     for begin, n in ((0, 1), (1, 2), (3, 3), (6, 1), (7, 2)):
         _, state = made(tokens[:, begin * W : (begin + n) * W], state)
-        last = state.long[0, -2 * n :].split(2)
-        kept = [*kept, *last][-3:]
-        empty = [torch.zeros(2, 8)] * (3 - len(kept))
-        close(state.long[0], torch.cat([*empty, *kept]))
+        places = {window: place for place, window in enumerate(state.long_window[0].tolist()) if window >= 0}
+        assert sorted(places) == list(range(max(0, begin + n - 3), begin + n))
+        for window, place in places.items():
+            close(written.setdefault(window, state.long[0, 0, place]), state.long[0, 0, place])
+    assert sorted(written) == list(range(9))
+
+
+def test_forgetting_a_window_empties_its_places_in_the_queue():
+    made, tokens = attached(long_windows=3), ids(1, W)
+    _, state = made(ids(1, 3 * W, "past"))
+    less = state.forget([1])
+    assert less.long_window.tolist() == [[0, -1, 2]]
+    assert (made(tokens, state)[0] - made(tokens, less)[0]).abs().max() > 1e-4
 
 
 def test_a_window_sees_the_newest_entries_of_its_own_document():
@@ -220,7 +229,9 @@ def test_a_window_sees_the_newest_entries_of_its_own_document():
     reset[1, 2 * W] = True
     state = made(ids(2, 2 * W))[1]
     layout = lay_out(ids(2, 4 * W), state, None, reset)
-    seen = Entries.of(state, 2).visible(layout)[..., ::2].long()  # a column a window: two old ones, then four
+    n_used, seen = visible_entries(state.long_window, layout)  # a column a window: two old ones, then four
+    assert n_used == 2
+    seen = seen.long()
     assert seen[0].tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
     assert seen[1].tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from remanence.context import TransformerXL, TransformerXLConfig
 from remanence.context.kinds import load_context_model
-from remanence.context.language_model import sample
+from remanence.context.model import sample
 from remanence.errors import DataError
 from remanence.keys import generator, keyed_rng
 from remanence.state import states_equal

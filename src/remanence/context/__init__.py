@@ -1,6 +1,6 @@
 """Knowledge in the context: models that read documents of any length and carry a state of bounded size."""
 
-from remanence.context.attach import AttachedMelodi, AttachedMelodiConfig, AttachedMelodiState, attach_melodi, load_attached
+from remanence.context.attach import AttachedMelodi, AttachedMelodiConfig, attach_melodi, load_attached
 from remanence.context.block_recurrent import BlockRecurrentState, BlockRecurrentTransformer
 from remanence.context.configuration import BlockRecurrentConfig, ContextConfig, MelodiConfig, MemorizingConfig, TransformerXLConfig
 from remanence.context.documents import DocumentReader, Segment
@@ -20,7 +20,6 @@ from remanence.context.transformer_xl import TransformerXL, TransformerXLState
 __all__ = [
     "AttachedMelodi",
     "AttachedMelodiConfig",
-    "AttachedMelodiState",
     "BlockRecurrentConfig",
     "BlockRecurrentState",
     "BlockRecurrentTransformer",

@@ -1,10 +1,10 @@
 """One call of an attached memory: what goes through the host's blocks from memory layer to memory layer, and what is left behind.
 
 Axes: B rows; K windows of the call; W tokens of a window; D the host's width; V vocabulary; m memory width; n memory layers; S short, U
-summary, L long tokens a window; N length of the queue; P entries: the old ones, then L of each window.
+summary, L long tokens a window; Q windows in the queue.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,51 +13,25 @@ from torch.nn import functional as F
 
 from remanence.context._attached_layer import Schedule
 from remanence.context._layout import Layout
+from remanence.context._ring import RingView, committed
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The queue's entries of a call, by when they were written.
+def visible_entries(window: Tensor, layout: Layout) -> tuple[int, Tensor]:
+    """Which entries of the queue the windows of a call may read.
 
     Args:
-        old: (B, P - K L, m), what was in the queue; the fullest row decides how many columns there are.
-        is_old: (B, P - K L) bool, which of them hold something.
-        length: N.
-        per_window: L.
+        window: (B, Q), the window that each place of the ring came from.
+        layout: of the call.
+
+    Returns:
+        How many places of the ring hold anything in any row, and (B, K, places + K) bool over these and the windows of the call.
     """
-
-    old: Tensor
-    is_old: Tensor
-    length: int
-    per_window: int
-
-    @classmethod
-    def of(cls, state: Any, per_window: int) -> "Entries":
-        """Those of a state: its last L n_windows entries, or all."""
-        length = state.long.shape[1]
-        n_filled = (state.n_windows * per_window).clamp_max(length)
-        n_columns = int(n_filled.max()) if length else 0
-        is_old = torch.arange(n_columns, device=n_filled.device) >= n_columns - n_filled[:, None]
-        return cls(state.long[:, length - n_columns :], is_old, length, per_window)
-
-    def visible(self, layout: Layout) -> Tensor:
-        """(B, K, P): entries of the same document, of earlier windows, and among the newest N of those."""
-        window = torch.arange(layout.n_windows, device=self.old.device)
-        resets, newer = layout.resets, window.repeat_interleave(self.per_window)
-        old = (resets == 0)[..., None] & self.is_old[:, None]
-        new = (resets[..., None] == resets[:, newer][:, None]) & layout.is_full[:, newer][:, None] & (newer < window[:, None])
-        found = torch.cat([old, new], 2)
-        n_since = found.flip(2).cumsum(2).flip(2)
-        return found & (n_since <= self.length)
-
-    def after(self, long: Tensor, layout: Layout) -> Tensor:
-        """The queue (B, N, m) after entries (B, K, L, m) came in: the newest N of each row's document, at the right."""
-        pool = torch.cat([self.old, long.flatten(1, 2)], 1)
-        is_kept = torch.cat([self.is_old & (layout.n_begun == 0)[:, None], layout.writes.repeat_interleave(self.per_window, 1)], 1)
-        pool, is_kept = F.pad(pool, (0, 0, self.length, 0)), F.pad(is_kept, (self.length, 0))
-        order = is_kept.long().argsort(dim=1, stable=True)[:, is_kept.shape[1] - self.length :]
-        pool = pool.masked_fill(~is_kept[..., None], 0.0)
-        return pool.gather(1, order[..., None].expand(-1, -1, pool.shape[2]))
+    view = RingView(window, layout)
+    n_used, found = view.n_used, []
+    for number in range(layout.n_windows):
+        found.append(F.pad(view.seen(number), (0, layout.n_windows - number)))
+        view.add(number)
+    return n_used, torch.stack(found, 1)
 
 
 class AttachedCall:
@@ -67,20 +41,20 @@ class AttachedCall:
         layers: the memory layers.
         seeds: (U, m), the summary that the first of them reads with; None without layers.
         layout: the windows of the call.
-        state: what the rows have read before.
-        per_window: L.
+        state: a `MelodiState`, what the rows have read before.
     """
 
-    def __init__(self, layers: nn.ModuleList, seeds: Tensor | None, layout: Layout, state: Any, per_window: int) -> None:
+    def __init__(self, layers: nn.ModuleList, seeds: Tensor | None, layout: Layout, state: Any) -> None:
         self.layers, self.layout, self.state = layers, layout, state
-        self.entries = Entries.of(state, per_window)
         self.batch, self.n_windows, width = layout.tokens.shape
         if self.n_windows == 1:
             width = max(1, int(layout.n_valid.max()))  # nothing behind the last token need be computed
         self.ids = layout.tokens[..., :width].flatten(0, 1)
+        n_used, is_visible = visible_entries(state.long_window, layout)
+        self.queue = state.long[:, :, :n_used].flatten(1, 3)
         self.schedule = Schedule(
-            layout.index > 0, layout.is_full, (layout.index == 0) & (layout.n_valid > 0), self.entries.visible(layout),
-            bool(layout.is_full.any()),
+            layout.index > 0, layout.is_full, (layout.index == 0) & (layout.n_valid > 0),
+            is_visible.repeat_interleave(state.long.shape[3], 2), bool(layout.is_full.any()),
         )  # fmt: skip
         self.summary = None if seeds is None else seeds.expand(self.batch, self.n_windows, -1, -1)
         self._short: list[Tensor] = []
@@ -90,7 +64,7 @@ class AttachedCall:
         """A forward hook: memory layer `number` behind its block."""
         hidden = output[0] if isinstance(output, tuple) else output
         layer: Any = self.layers[number]
-        old = self.entries.old if layer.sizes.long else self.entries.old[:, :0]
+        old = self.queue if layer.sizes.long else self.queue[:, :0]
         passed = layer(
             hidden.view(self.batch, self.n_windows, *hidden.shape[1:]), self.summary, self.state.short[:, number].to(layer.up.weight.dtype),
             old.to(layer.up.weight.dtype), self.schedule,
@@ -111,9 +85,10 @@ class AttachedCall:
 
     def after(self) -> dict[str, Tensor]:
         """All fields of the state after the call."""
-        memory = {"short": self.state.short, "long": self.state.long}
+        memory = {"short": self.state.short, "long": self.state.long, "long_window": self.state.long_window}
         if self._short:
             memory["short"] = torch.stack(self._short, 1).to(self.state.short.dtype)
         if self._long is not None:
-            memory["long"] = self.entries.after(self._long, self.layout).to(self.state.long.dtype)
+            ring, memory["long_window"] = committed(self.state.long[:, 0], self.state.long_window, self._long, self.layout)
+            memory["long"] = ring[:, None].to(self.state.long.dtype)
         return memory | self.layout.advance(self.state)

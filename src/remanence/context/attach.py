@@ -22,10 +22,10 @@ window; Q windows kept; N = L Q.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,34 +35,20 @@ from remanence.context._attached_configuration import AttachedMelodiConfig
 from remanence.context._attached_host import add_adapter, blocks_of, host_fingerprint, require_host
 from remanence.context._attached_layer import MemoryLayer, Sizes
 from remanence.context._layout import lay_out
-from remanence.context.language_model import ContextLM, sample
+from remanence.context._ring import NEVER
+from remanence.context.melodi import MelodiState
+from remanence.context.model import ContextModel
 from remanence.context.state import ContextState
 from remanence.errors import DataError, NonFiniteLoss, StateMismatchError
 from remanence.keys import keyed_rng
-from remanence.state import State, all_finite, load_state, save_state
+from remanence.state import all_finite, load_state, save_state
 
-__all__ = ["AttachedMelodi", "AttachedMelodiConfig", "AttachedMelodiState", "attach_melodi", "load_attached"]
+__all__ = ["AttachedMelodi", "AttachedMelodiConfig", "attach_melodi", "load_attached"]
 
 _FILE, _FORMAT = "attached.safetensors", "remanence attached melodi"
 
 
-@dataclass(frozen=True)
-class AttachedMelodiState(ContextState):
-    """What is carried from window to window.
-
-    Args:
-        short: (B, n, S, m), the short-term memory of each memory layer.
-        long: (B, N, m), the queue, newest entry last; the last L n_windows of it, at most N, hold something.
-    """
-
-    short: Tensor
-    long: Tensor
-
-    def _kv_bytes(self) -> int:
-        return self.nbytes("stored") + self.long.numel() * self.long.element_size()
-
-
-class AttachedMelodi(nn.Module):
+class AttachedMelodi(ContextModel):
     """A frozen host with memory layers behind its blocks; `attach_melodi` makes it.
 
     The host stays in evaluation mode. Called by itself it is the bare model, but for its adapters: the memory layers are hooked in for the
@@ -73,7 +59,7 @@ class AttachedMelodi(nn.Module):
         config: filled in by `for_host`.
     """
 
-    state_class: ClassVar[type[AttachedMelodiState]] = AttachedMelodiState
+    state_class: ClassVar[type[ContextState]] = MelodiState
 
     def __init__(self, host: Any, config: AttachedMelodiConfig) -> None:
         super().__init__()
@@ -107,41 +93,29 @@ class AttachedMelodi(nn.Module):
         """What was added, by name; nothing else is trained."""
         return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("host.") or ".lora_" in name}
 
-    # --- state -------------------------------------------------------------------------------------------------
-
-    def init_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-    ) -> AttachedMelodiState:
-        """The state of `batch` rows that have read nothing; see `ContextLM.init_state`."""
-        state: AttachedMelodiState = ContextLM.init_state(cast("Any", self), batch, device, dtype)
-        return state
-
-    _no_rows = ContextLM._no_rows
-
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config
-        short = torch.zeros(batch, len(self.layers), config.short, config.hidden_size)
-        return {"short": short, "long": torch.zeros(batch, config.queue, config.hidden_size)}
-
-    def restore_state(self, state: State) -> AttachedMelodiState:
-        """The state whose `state_dict()` this is, where the host lies."""
-        return AttachedMelodiState.from_state_dict(state).to(self.device)
+        n_queues, n_kept = (1, config.long_windows) if config.queue else (0, 0)
+        return {
+            "short": torch.zeros(batch, len(self.layers), config.short, config.hidden_size),
+            "long": torch.zeros(batch, n_queues, n_kept, config.long_per_window, config.hidden_size),
+            "long_window": torch.full((batch, n_kept), NEVER),
+        }
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def forward(
-        self, tokens: Tensor, state: AttachedMelodiState | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, AttachedMelodiState]:
+        self, tokens: Tensor, state: Any = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, MelodiState]:
         """Read the next tokens of every row; arguments, results and errors are those of `ContextLM.forward`.
 
         In a document's first window the answers are the host's own: there is nothing to read yet.
         """
-        state = cast("AttachedMelodiState", ContextLM._checked(cast("Any", self), tokens, state, lengths, reset))
+        state = self._checked(tokens, state, lengths, reset)
         if tokens.numel() == 0:
             head: Tensor = self.host.get_output_embeddings().weight
             return head.new_zeros(*tokens.shape, self.config.vocab_size), state
-        per_window = self.config.long_per_window if self.config.queue else 0
-        call = AttachedCall(self.layers, self.summary, lay_out(tokens, state, lengths, reset), state, per_window)
+        call = AttachedCall(self.layers, self.summary, lay_out(tokens, state, lengths, reset), state)
         with self._hooked(call):
             logits = self.host(input_ids=call.ids, use_cache=False).logits
         return call.gather(logits), replace(state, cache=None, **call.after())
@@ -154,32 +128,6 @@ class AttachedMelodi(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def loss(
-        self, tokens: Tensor, targets: Tensor, state: AttachedMelodiState | None = None, lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, AttachedMelodiState]:  # fmt: skip
-        """Mean nats per target; see `ContextLM.loss`."""
-        return cast("tuple[Tensor, AttachedMelodiState]", ContextLM.loss(cast("Any", self), tokens, targets, state, lengths, reset))
-
-    def generate(
-        self, prompt: Tensor, state: AttachedMelodiState | None = None, max_new_tokens: int = 100, temperature: float = 1.0,
-        top_k: int | None = None, generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """Go on with a text, token by token, in memory that does not grow; see `ContextLM.generate`."""
-        return ContextLM.generate(cast("Any", self), prompt, state, max_new_tokens, temperature, top_k, generator)
-
-    def _generate(
-        self, prompt: Tensor, state: AttachedMelodiState | None, n_tokens: int, temperature: float, top_k: int | None,
-        generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        token = prompt
-        for _ in range(n_tokens):
-            with torch.no_grad():
-                logits, state = self(token, state)
-            drawn = sample(logits[:, -1], temperature, top_k, generator)
-            yield drawn
-            token = drawn[:, None]
 
     # --- on disk -----------------------------------------------------------------------------------------------
 
