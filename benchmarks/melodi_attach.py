@@ -1,11 +1,11 @@
 """A MELODI memory attached to a frozen language model, beside low-rank adapters of as many parameters (point 3 of MELODI's acceptance).
 
-    python benchmarks/melodi_attach.py               # about twenty CPU minutes
+    python benchmarks/melodi_attach.py               # about 45 CPU minutes
     python benchmarks/melodi_attach.py --quick       # very few steps, nothing judged: does everything run?
 
-Host: a Llama of 0.64 million parameters (see `melodi_attach_cells`), pretrained on windows of 32 subwords of one half of the training
-books. It reads windows of 32 throughout. Trained on the other half, with equal tokens, steps and schedule, each at the best of five
-rates by two books kept back:
+Host: a Llama of 0.64 million parameters (see `melodi_attach_cells`), pretrained on windows of 32 subwords of the training books. It reads
+windows of 32 throughout. Trained on the same books, with equal tokens, steps and schedule, each at the best of five rates by two books
+kept back:
 
     melodi      memory layers behind all four blocks, and adapters of rank 4
     adapters    low-rank adapters alone (peft), of the rank that comes nearest to as many parameters
@@ -43,18 +43,18 @@ class Size(NamedTuple):
 
     Args:
         host_steps: of pretraining, 64 windows each.
-        steps, tuning_steps: of 1,024 tokens, at the chosen rate and at each candidate.
+        steps, tuning_steps: of 3,328 tokens, at the chosen rate and at each candidate.
         n_characters: read of every training document.
         n_test_tokens: scored of every held-out document, from its beginning.
     """
 
     corpus: str
     seeds: tuple[int, ...] = (0, 1, 2)
-    host_steps: int = 1500
-    steps: int = 900
+    host_steps: int = 3000
+    steps: int = 600
     tuning_steps: int = 200
-    n_characters: int = 250_000
-    n_test_tokens: int = 8192
+    n_characters: int = 600_000
+    n_test_tokens: int = 16_384
 
 
 QUICK = {"seeds": (0,), "host_steps": 2, "steps": 2, "tuning_steps": 1, "n_characters": 20_000, "n_test_tokens": 512}

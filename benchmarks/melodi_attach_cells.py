@@ -1,7 +1,8 @@
-"""A small pretrained host, the documents that are new to it, and one trained and measured arm of `melodi_attach`.
+"""A small pretrained host, its documents, and one trained and measured arm of `melodi_attach`.
 
-The host is a Llama of width 96 and depth 4 over 1,024 byte-level subwords, pretrained on windows of one half of the training documents.
-What is attached is trained on the other half. Two more choose the rate, and the held-out documents are nobody's.
+The host is a Llama of width 96 and depth 4 over 1,024 byte-level subwords, pretrained on windows of the training documents. What is
+attached is trained on the same documents, from their beginning to their end: the host knows the words, and what is left to learn is what
+a window cannot tell. Two more documents choose the rate, and the held-out ones are nobody's.
 """
 
 import json
@@ -25,7 +26,7 @@ from remanence.streams import TextSource, books, python_sources
 
 __all__ = ["Bench", "Cell", "Result", "SubwordLM", "attach", "host_of", "prepare", "run_cell"]
 
-WINDOW, ROWS, SEGMENT, END = 32, 4, 256, SPECIAL.index("<eos>")
+WINDOW, ROWS, SEGMENT, END = 32, 13, 256, SPECIAL.index("<eos>")
 MEMORY = {"hidden_size": 32, "num_attention_heads": 4, "short": 12, "long_per_window": 8, "long_windows": 32, "lora_rank": 4}
 HOST = {"vocab_size": 1024, "family": "llama", "width": 96, "depth": 4, "heads": 4, "length": WINDOW, "batch_size": 64}
 N_VALIDATION = 2
@@ -59,17 +60,16 @@ class SubwordLM(PretrainedLM):
         )  # fmt: skip
 
 
-def parts(corpus: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Documents of the host, of the arms, for the choice of a rate, and held-out ones."""
+def parts(corpus: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Documents to train on, for the choice of a rate, and held-out ones."""
     source = {"books": books, "python": python_sources}[corpus]()
-    rest, half = source.train[:-N_VALIDATION], (len(source.train) - N_VALIDATION) // 2
-    return rest[:half], rest[half:], source.train[-N_VALIDATION:], source.test
+    return source.train[:-N_VALIDATION], source.train[-N_VALIDATION:], source.test
 
 
 def host_of(corpus: str, steps: int, n_characters: int) -> SubwordLM:
     """The pretrained host; its loss is reported on the documents that choose the rate."""
-    own, _, valid, _ = (tuple(text[:n_characters] for text in each) for each in parts(corpus))
-    return SubwordLM(TextSource(f"{corpus}, host's half", own, valid), steps=steps, **HOST)
+    train, valid, _ = (tuple(text[:n_characters] for text in each) for each in parts(corpus))
+    return SubwordLM(TextSource(f"{corpus}, the host's", train, valid), steps=steps, **HOST)
 
 
 def prepare(folder: Path, corpus: str, host_steps: int, n_characters: int, n_test_tokens: int) -> Path:
@@ -77,7 +77,7 @@ def prepare(folder: Path, corpus: str, host_steps: int, n_characters: int, n_tes
     host = materialise(host_of(corpus, host_steps, n_characters))
     path = folder / f"documents-{host.name}-{n_characters}-{n_test_tokens}.safetensors"
     if not path.exists():
-        tokenizer, (_, train, valid, test) = load_tokenizer(host), parts(corpus)
+        tokenizer, (train, valid, test) = load_tokenizer(host), parts(corpus)
         found = {"train": (train, n_characters, None), "valid": (valid, None, n_test_tokens), "test": (test, None, n_test_tokens)}
         save_state(path, {name: [_ids(tokenizer, text, *limits) for text in each] for name, (each, *limits) in found.items()})
     return host
@@ -142,11 +142,11 @@ def measured(model: nn.Module, documents: list[Tensor]) -> Result:
 def trained(
     training: Path, documents: dict[str, list[Tensor]], host: Path, arm: str, seed: int, rate: float, steps: int, side: str
 ) -> Result:
-    """Train an arm on the documents that are new to the host, and measure it on one side."""
+    """Train an arm, and measure it on one side."""
     attached = attach(load_language_model(host), arm, seed)
     start, n_steps = time.process_time(), 0
     reader = DocumentReader(documents["train"], ROWS, SEGMENT, bos=END, seed=seed)
-    for progress in ContextTrainer(attached, reader, steps, lr=rate, folder=training, save_every=_CHECKPOINT_STEPS).run():
+    for progress in ContextTrainer(attached, reader, steps, lr=rate, folder=training, save_every=_CHECKPOINT_STEPS, autocast=True).run():
         n_steps += 1
         last = float(progress.loss) if progress.step == steps else None
     seconds = (time.process_time() - start) / n_steps if n_steps else None

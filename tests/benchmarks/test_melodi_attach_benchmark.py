@@ -29,7 +29,7 @@ def files():
 def bench(files, tmp_path, monkeypatch):
     """A folder with a tiny host and its documents."""
     monkeypatch.setenv("REMANENCE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files.cells, "parts", lambda corpus: tuple(tuple(text(side, n) for n in range(2)) for side in range(4)))
+    monkeypatch.setattr(files.cells, "parts", lambda corpus: tuple(tuple(text(side, n) for n in range(2)) for side in range(3)))
     monkeypatch.setattr(files.cells, "HOST", files.cells.HOST | {"vocab_size": 280, "width": 16, "depth": 2, "heads": 2, "batch_size": 2})
     small = {"hidden_size": 8, "num_attention_heads": 2, "short": 3, "lora_rank": 2}
     monkeypatch.setattr(files.cells, "MEMORY", files.cells.MEMORY | small)

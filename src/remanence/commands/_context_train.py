@@ -66,7 +66,7 @@ def _trainer(arguments: argparse.Namespace, model: Any, source: "TextSource") ->
     documents = [byte_ids(text).to(torch.uint8) for text in source.train]
     reader = DocumentReader(documents, _ROWS, _WINDOWS * config.window, config.bos_token_id, arguments.seed)
     lr = arguments.lr or (8e-3 if config.hidden_size <= 256 else 1e-3)
-    return ContextTrainer(model, reader, arguments.steps, lr, folder=arguments.out, save_every=_SAVE_EVERY)
+    return ContextTrainer(model, reader, arguments.steps, lr, folder=arguments.out, save_every=_SAVE_EVERY, autocast=True)
 
 
 def _opened(out: Path, settings: dict[str, Any]) -> dict[str, Any]:

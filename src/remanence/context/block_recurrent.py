@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.context._layout import Layout
-from remanence.context.body import Attention, RMSNorm, attend, in_a_row, put, unit, with_sink
+from remanence.context.body import Attention, RMSNorm, attend, in_a_row, unit
 from remanence.context.configuration import BlockRecurrentConfig, ContextConfig
 from remanence.context.state import ContextState, spread
 from remanence.context.transformer_xl import TransformerXL, TransformerXLState, WindowLayer
@@ -100,10 +100,7 @@ class RecurrentLayer(WindowLayer):
         self, x: Tensor, keys: Tensor, values: Tensor, state: BlockRecurrentState, cache: tuple[Tensor, Tensor], place: Tensor
     ) -> Tensor:
         """A few tokens x (B, t, d) of one window, whose keys and values are put into `cache`, each (B, h, W, e)."""
-        query, key, value = self.attention(x)
-        put(cache, key, value, place)
-        all_keys, all_values = with_sink(keys, cache[0]), with_sink(values, cache[1])
-        near = attend(query, all_keys, all_values, self._rows(state, place))
+        near = self._extended(x, keys, values, state, cache, place)
         begins = state.n_windows == 0
         states = state.states.to(x.dtype)
         return self._out(x, near, self._crossed(x, torch.where(spread(begins, states), self.initial, states)))

@@ -22,6 +22,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) in the weight's dtype; what a product made under autocast is shorter."""
+        return super().forward(x.to(self.weight.dtype))
+
 
 class FeedForward(nn.Module):
     """x + W2 ReLU(W1 RMS(x)), hidden layer of 4 d."""

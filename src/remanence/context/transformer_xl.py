@@ -98,11 +98,16 @@ class WindowLayer(nn.Module):
 
     def extend(self, x: Tensor, keys: Tensor, values: Tensor, state: ContextState, cache: tuple[Tensor, Tensor], place: Tensor) -> Tensor:
         """A few tokens x (B, t, d) of one window, whose keys and values are put into `cache`, each (B, h, W, e)."""
+        read = self._extended(x, keys, values, state, cache, place)
+        return self.feed_forward(x + self.attention.out(self.attention.merge(read)))  # type: ignore[no-any-return]
+
+    def _extended(
+        self, x: Tensor, keys: Tensor, values: Tensor, state: ContextState, cache: tuple[Tensor, Tensor], place: Tensor
+    ) -> Tensor:
+        """What the tokens read in their window and the cached ones, (B, h, t, e)."""
         query, key, value = self.attention(x)
         put(cache, key, value, place)
-        all_keys, all_values = with_sink(keys, cache[0]), with_sink(values, cache[1])
-        read = attend(query, all_keys, all_values, self._rows(state, place))
-        return self.feed_forward(x + self.attention.out(self.attention.merge(read)))  # type: ignore[no-any-return]
+        return attend(query, with_sink(keys, cache[0]), with_sink(values, cache[1]), self._rows(state, place))
 
     def _rows(self, state: ContextState, place: Tensor) -> Tensor:
         """The bias of queries at `place` (B, t) -> (B, h, t, 1 + C + W)."""
