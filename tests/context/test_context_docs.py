@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "context.md"
 
 def test_the_examples_of_the_page_run():
     found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(found) == 6
+    assert len(found) == 7
     shared = {}
     with keyed_rng("docs"):
         for block in found:

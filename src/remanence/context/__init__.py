@@ -8,7 +8,7 @@ from remanence.context.evaluation import bits_by_position, document_losses
 from remanence.context.kinds import load_context_model
 from remanence.context.language_model import ContextLM
 from remanence.context.learner import MelodiReader
-from remanence.context.melodi import MelodiLM, MelodiState
+from remanence.context.melodi import MelodiLM, MelodiState, QueueReads
 from remanence.context.memorizing import MemorizingState, MemorizingTransformer
 from remanence.context.pretraining import PretrainedContextLM
 from remanence.context.reading import Reading, begin_reading, load_reading, read_on, save_reading
@@ -36,6 +36,7 @@ __all__ = [
     "MemorizingState",
     "MemorizingTransformer",
     "PretrainedContextLM",
+    "QueueReads",
     "Reading",
     "Segment",
     "StateStore",

@@ -51,8 +51,14 @@ class LongGate(nn.Module):
 
     def forward(self, near: Tensor, far: Tensor, y: Tensor) -> Tensor:
         """near, far (B, h, T, e), y (B, T, d) the layer's input -> (B, h, T, e)."""
-        logit = self.logit if self.token is None else self.logit + self.token(y).view(*y.shape[:2], near.shape[1], -1).transpose(1, 2)
-        return far + logit.sigmoid() * (near - far)
+        return far + self.weight(y) * (near - far)
+
+    def weight(self, y: Tensor) -> Tensor:
+        """How much the nearby read counts, (B, h, T, e) or (h, 1, e), between 0 and 1; the queue's counts what is left."""
+        if self.token is None:
+            return self.logit.sigmoid()
+        added: Tensor = self.token(y).view(*y.shape[:2], len(self.logit), -1).transpose(1, 2)
+        return (self.logit + added).sigmoid()
 
 
 class Far(NamedTuple):
@@ -171,6 +177,14 @@ class MelodiLayer(nn.Module):
         """Ring (B, Q, L, d) -> keys and values (B, h, 1 + Q L, e), made by today's weights: they never grow stale."""
         keys, values = self.attention.memory(ring.flatten(1, 2))
         return with_sink(keys), with_sink(values)
+
+    def queue_read(self, x: Tensor, far: Far, n_places: int) -> tuple[Tensor, Tensor]:
+        """Of tokens x (B, t, d): how attention is spread over the ring's places (B, t, Q), and how much the queue counts (B, t)."""
+        assert self.gate is not None
+        query = self.attention(x)[0]
+        spread_over = (query @ far.keys.mT + far.bias).softmax(-1)[..., 1:].mean(1)
+        near = self.gate.weight(x).mean((-3, -1)).expand(x.shape[:2])
+        return spread_over.unflatten(-1, (n_places, -1)).sum(-1), 1 - near
 
     def unwritten(self, n_windows: Tensor, n_keys: int) -> Tensor:
         """n_windows (B,) read before -> (B, 1, 1, 1 + P), -inf at the short-term memory of rows that have none."""

@@ -18,7 +18,7 @@ d width; n layers.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from remanence.context._ring import NEVER
 from remanence.context.configuration import ContextConfig, MelodiConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
+from remanence.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,21 @@ class MelodiState(ContextState):
         gone = torch.isin(self.long_window, torch.as_tensor(windows, device=self.long_window.device))
         long = self.long.masked_fill(gone[:, None, :, None, None], 0.0)
         return replace(self, long=long, long_window=self.long_window.masked_fill(gone, NEVER), cache=None)
+
+
+class QueueReads(NamedTuple):
+    """What tokens read from the queue.
+
+    Args:
+        window: (B, Q) int64, which window of the document each place of the queue came from; -1 where there is none.
+        share: (B, t, M, Q), how each long layer's attention is spread over the places, mean over heads. It sums to 1 unless the queue is
+            empty.
+        weight: (B, t, M), how much the queue counts beside what is read nearby, between 0 and 1, mean over heads and channels.
+    """
+
+    window: Tensor
+    share: Tensor
+    weight: Tensor
 
 
 class MelodiLM(ContextLM):
@@ -117,12 +133,49 @@ class MelodiLM(ContextLM):
                 found[f"long.{number}.keys"], found[f"long.{number}.values"] = long
         return found
 
-    def _extend(self, x: Tensor, state: Any, cache: dict[str, Tensor], place: Tensor) -> Tensor:
+    def _extend(
+        self, x: Tensor, state: Any, cache: dict[str, Tensor], place: Tensor, reads: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
         # of a full ring the oldest window is still seen: it goes when the open window completes
         is_seen = (state.long_window >= 0).repeat_interleave(self.config.long_per_window, 1)
         bias = queue_bias(is_seen, self.config.queue, self.config.empty)
         for number, layer in enumerate(self.layers):
             far = Far(cache[f"long.{number}.keys"], cache[f"long.{number}.values"], bias) if number in self.place_of else None
+            if far is not None and reads is not None:
+                reads.append(layer.queue_read(x, far, state.long_window.shape[1]))
             past = cache[f"short.{number}.keys"], cache[f"short.{number}.values"]
             x = layer.extend(x, state.n_windows, past, far, (cache["keys"][:, number], cache["values"][:, number]), place)
         return x
+
+    @torch.no_grad()
+    def trace(self, tokens: Tensor, state: Any) -> QueueReads:
+        """Which windows of the past these tokens read from the queue.
+
+        Args:
+            tokens: (B, t) int64, what follows in the open window; no more than fit into it.
+            state: what was read before.
+
+        Raises:
+            DataError: there are no tokens, or more than the open window has room for.
+
+        Example:
+            >>> config = MelodiConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, window=4, short=2, long_per_window=1,
+            ...                       long_windows=3, long_layers=(1,))
+            >>> model = MelodiLM(config)
+            >>> state = model(torch.zeros(1, 8, dtype=torch.int64))[1]
+            >>> reads = model.trace(torch.ones(1, 2, dtype=torch.int64), state)
+            >>> reads.window.tolist(), tuple(reads.share.shape)
+            ([[0, 1, -1]], (1, 2, 1, 3))
+        """
+        state, length = self._checked(tokens, state, None, None), tokens.shape[1]
+        room = self.config.window - int(state.n_tail.max()) if state.batch else self.config.window
+        if not 0 < length <= room:
+            raise DataError(f"trace: {length} tokens; the open window has room for {room}. Give 1 to {room}, and read window by window.")
+        place = state.n_tail[:, None] + torch.arange(length, device=tokens.device)
+        reads: list[tuple[Tensor, Tensor]] = []
+        self._extend(self.embedding(tokens), state, self._cache_of(state), place, reads)
+        if not reads:
+            weight = self.embedding.weight.new_zeros(*tokens.shape, 0)
+            return QueueReads(state.long_window, weight[..., None][..., :0], weight)
+        share, weight = (torch.stack(part, 2) for part in zip(*reads, strict=True))
+        return QueueReads(state.long_window, share, weight)
