@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+import pytest
 import torch
 
 from remanence.context.block_recurrent import BlockRecurrentTransformer
@@ -55,6 +56,8 @@ ZOO = {
 CARRY_NOTHING = ("melodi without memory", "windowed")
 KINDS = ("melodi", "windowed", "transformer-xl", "memorizing", "block-recurrent")
 """One of each class, the windowed transformer besides."""
+every = pytest.mark.parametrize("name", ZOO)
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def randomised(model, dtype=torch.float64, spread=0.3):

@@ -1,46 +1,19 @@
 """Documents as tasks: the contract, and what forgetting a segment leaves in a reader's state."""
 
-import json
-from functools import partial
-
 import pytest
 import torch
+from reader_models import KINDS
 
-from remanence.artifact import materialise, refuse_overlap
-from remanence.context import (
-    BlockRecurrentConfig,
-    BlockRecurrentTransformer,
-    ContextTrainer,
-    DocumentReader,
-    MelodiConfig,
-    MelodiLM,
-    MelodiReader,
-    MemorizingConfig,
-    MemorizingTransformer,
-    PretrainedContextLM,
-    TransformerXL,
-    TransformerXLConfig,
-    document_losses,
-    load_context_model,
-    pretraining,
-)
+from remanence.context import ContextTrainer, DocumentReader, MelodiConfig, MelodiLM, MelodiReader
 from remanence.errors import DataError, ErasureNotSupported, SettingError
 from remanence.keys import generator, keyed_rng
 from remanence.learner import STOP, fit
 from remanence.state import copy_state, load_state, save_state, state_bytes, states_equal
-from remanence.streams import TextSource, documents
 from remanence.task import Data, Task
 from remanence.testing import check_learner, state_difference
 from remanence.weights import DynamicEvaluation, LanguageFineTuning
 
 SIZE = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "window": 4}
-KINDS = {
-    "melodi": (MelodiLM, MelodiConfig, {"short": 2, "long_per_window": 2, "long_windows": 6, "long_layers": (1,)}),
-    "transformer-xl": (TransformerXL, TransformerXLConfig, {"cache": 8}),
-    "windowed": (TransformerXL, TransformerXLConfig, {"cache": 0}),
-    "memorizing": (MemorizingTransformer, MemorizingConfig, {"cache": 4, "memory": 16, "memory_layer": 1}),
-    "block-recurrent": (BlockRecurrentTransformer, BlockRecurrentConfig, {"cache": 4, "states": 3, "recurrent_layer": 1}),
-}
 T = 4
 
 
@@ -329,163 +302,6 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         learner.learn(Task("large", Data(task.train.inputs + 9, task.train.targets, task.train.ids), task.test, answer="tokens"))
     with pytest.raises(DataError, match=r"takes windows of ids, inputs and targets \(N, T\)"):
         learner.learn(Task("flat", Data(task.train.inputs[:, 0], task.train.targets[:, 0], task.train.ids), task.test, answer="tokens"))
-
-
-# --- the stream --------------------------------------------------------------------------------------------------
-
-SOURCE = TextSource(
-    "four texts",
-    train=tuple(f"train {key}: " + "abc " * 60 for key in range(2)),
-    test=("short", *(" ".join(str(key + n * n) for n in range(200)) for key in range(3))),
-)
-
-
-def test_documents_are_cut_into_rows_that_follow_one_another():
-    stream = documents(SOURCE, window=64, n_windows=4, n_test=2, n_documents=3)
-    assert len(stream) == 3
-    assert stream.task_id_at_test
-    numbers = {event.task.name for event in stream}
-    assert numbers == {"document 1", "document 2", "document 3"}
-    for event in stream:
-        text = SOURCE.test[int(event.task.name.split()[1])].encode()
-        train, test = event.task.train, event.task.test
-        assert train.ordered
-        assert bytes(torch.cat([train.targets, test.targets]).flatten().tolist()) == text[: 6 * 64]
-        assert torch.cat([train.inputs, test.inputs]).flatten().tolist() == [256, *text[: 6 * 64 - 1]]
-
-
-def test_the_seed_draws_which_documents_and_in_which_order():
-    def names(seed):
-        return [event.task.name for event in documents(SOURCE, 64, 4, 2, 2, order_seed=seed)]
-
-    assert names(0) == names(0)
-    assert len({tuple(names(seed)) for seed in range(8)}) > 3
-    first, second = (documents(SOURCE, 64, 4, 2, 2, order_seed=seed).fingerprint() for seed in (0, 1))
-    assert first != second
-
-
-def test_a_segment_is_a_part_that_is_asked_again_and_then_forgotten():
-    stream = documents(SOURCE, window=64, n_windows=4, n_test=2, n_documents=2, forget=(1, 3))
-    name = stream[0].task.name
-    assert [(event.verb, event.task.name) for event in stream][::2] == [("learn", name), ("forget", f"{name}, windows 1 to 2")]
-    whole, segment = stream[0].task, stream[2].task
-    assert segment.train.ids.tolist() == whole.train.ids[1:3].tolist()
-    assert segment.test.inputs.equal(whole.train.inputs[1:3])
-    assert [task.name for task in stream.subjects][:2] == [f"{name}, continued", f"{name}, windows 1 to 2"]
-    never = documents(SOURCE, window=64, n_windows=4, n_test=2, n_documents=2, forget=(1, 3), never=True)
-    assert [event.verb for event in never] == ["learn", "learn"]
-    assert never[0].task.train.ids.tolist() == whole.train.ids[[0, 3]].tolist()
-    assert [task.name for task in never.subjects] == [task.name for task in stream.subjects]
-    assert stream.fingerprint() != never.fingerprint()
-
-
-def test_parts_are_answered_through_their_document():
-    stream = documents(SOURCE, window=64, n_windows=4, n_test=2, n_documents=2, forget=(1, 3))
-    with keyed_rng("byte model"):
-        learner = MelodiReader(MelodiLM(MelodiConfig(**SIZES["melodi"])), snapshot_every=2)
-    task = stream[0].task
-    fit(learner, task)
-    whole, unknown = (learner.predict(task.test.inputs, name).logits for name in (task.name, "unknown"))
-    assert not whole.allclose(unknown)
-    for part in task.parts:
-        assert learner.predict(task.test.inputs, part.name).logits.equal(whole)
-    fit(learner, stream[2].task, "forget")
-    twin = MelodiReader(learner.model, snapshot_every=2)
-    fit(twin, documents(SOURCE, 64, 4, 2, 2, forget=(1, 3), never=True)[0].task)
-    assert state_difference(learner.state_dict(), twin.state_dict()) == ""
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"window": 63}, SettingError, "window: 63 bytes; give 64 or more"),
-        ({"n_windows": 0}, SettingError, "n_windows: 0; give 1 or more"),
-        ({"n_test": 0}, SettingError, "n_test: 0"),
-        ({"n_documents": 0}, SettingError, "n_documents: 0"),
-        ({"n_documents": 4}, DataError, "has 3 test documents of 384 bytes or more, n_documents=4"),
-        ({"forget": (2, 2)}, SettingError, r"forget: \[2, 2\] is no part of rows 0 to 4"),
-        ({"forget": (0, 4)}, SettingError, "is no part of rows"),
-        ({"never": True}, SettingError, "give forget: too"),
-    ],
-)
-def test_a_stream_of_documents_refuses(settings, error, message):
-    with pytest.raises(error, match=message):
-        documents(SOURCE, **({"window": 64, "n_windows": 4, "n_test": 2, "n_documents": 2} | settings))
-
-
-# --- the artifact ------------------------------------------------------------------------------------------------
-
-BYTES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "window": 16}
-SIZES = {kind: BYTES | settings for kind, (_, _, settings) in KINDS.items() if kind != "windowed"}
-SIZES = {kind: {key: 16 if key in ("cache", "memory") else value for key, value in size.items()} for kind, size in SIZES.items()}
-SIZES["melodi"] |= {"long_layers": [1]}  # as a recipe has it
-SIZES["windowed"] = BYTES
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_pretrained_and_read_from_its_folder(kind, tmp_path):
-    artifact = PretrainedContextLM(SOURCE, kind, SIZES[kind], steps=3, rows=2, segment=32)
-    folder = materialise(artifact, cache=tmp_path)
-    loaded = load_context_model(folder)
-    assert type(loaded) is KINDS[kind][0]
-    if kind == "windowed":
-        assert loaded.config.cache == 0
-    report = json.loads((folder / "pretraining.json").read_text())
-    nats = torch.cat(document_losses(loaded, [torch.tensor(list(text.encode())) for text in SOURCE.test], bos=256))
-    assert report["held_out_bits_per_byte"] == pytest.approx(nats.mean().item() / 0.6931472, abs=1e-4)
-    assert report["n_bytes"] == sum(len(text) for text in SOURCE.train)
-    assert report["n_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
-    artifact.sketch(tmp_path / "sketch")
-    assert type(load_context_model(tmp_path / "sketch")) is KINDS[kind][0]
-    assert json.loads((tmp_path / "sketch" / "header.json").read_text()) == {"name": "four texts"}
-
-
-def test_a_pretraining_that_was_killed_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "ContextTrainer", partial(ContextTrainer, save_every=2))
-
-    def build():
-        return PretrainedContextLM(SOURCE, "melodi", SIZES["melodi"], steps=5, rows=1, segment=16)
-
-    class KilledError(RuntimeError):
-        pass
-
-    steps = []
-
-    def kill(progress):
-        steps.append(progress.step)
-        if progress.step == 3:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        materialise(build(), kill, tmp_path / "first")
-    folder = materialise(build(), lambda progress: steps.append(progress.step), tmp_path / "first")
-    assert steps == [1, 2, 3, 3, 4, 5]
-    whole = materialise(build(), cache=tmp_path / "second")
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-def test_a_stream_of_documents_that_were_pretrained_on_is_refused():
-    saw = PretrainedContextLM(SOURCE, "melodi", SIZES["melodi"]).seen()
-    settings = {"window": 80, "n_windows": 1, "n_test": 2, "n_documents": 2}
-    refuse_overlap(saw, "model", documents(SOURCE, **settings))
-    swapped = TextSource("swapped", train=SOURCE.test, test=SOURCE.train)
-    with pytest.raises(DataError, match=r"2 of 2 test examples of 'document . *' .* are in the training data"):
-        refuse_overlap(saw, "model", documents(swapped, **settings))
-
-
-def test_settings_of_an_artifact_are_checked_before_anything_is_trained():
-    first, second = (PretrainedContextLM(SOURCE, "melodi", SIZES["melodi"] | more) for more in ({}, {"short": 3}))
-    assert first.fingerprint() != second.fingerprint()
-    with pytest.raises(SettingError, match="kind 'mamba' is unknown; choose one of melodi"):
-        PretrainedContextLM(SOURCE, "mamba")
-    with pytest.raises(SettingError, match="steps=0 must be above 0"):
-        PretrainedContextLM(SOURCE, steps=0)
-    with pytest.raises(SettingError, match="no setting 'shorts'"):
-        PretrainedContextLM(SOURCE, config={"shorts": 3})
-    with pytest.raises(SettingError, match="cache is 0 for kind 'windowed'; leave it out"):
-        PretrainedContextLM(SOURCE, "windowed", {"cache": 64})
-    with pytest.raises(SettingError, match="vocab_size=100 and bos_token_id=99; bytes need 257 rows"):
-        PretrainedContextLM(SOURCE, config={"vocab_size": 100})
 
 
 # --- dynamic evaluation ------------------------------------------------------------------------------------------

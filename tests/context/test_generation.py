@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from context_models import KINDS, SIZES, VOCAB, WINDOW, ZOO, close, fresh, ids, in_pieces, same_memory, shared, start
+from context_models import SIZES, VOCAB, WINDOW, ZOO, close, every, every_kind, fresh, ids, in_pieces, same_memory, shared, start
 from safetensors import safe_open
 from transformers import AutoConfig
 
@@ -14,9 +14,6 @@ from remanence.context.model import sample
 from remanence.errors import DataError
 from remanence.keys import generator, keyed_rng
 from remanence.state import states_equal
-
-every = pytest.mark.parametrize("name", ZOO)
-every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def written(model, prompt, state=None, n=12, **settings):
