@@ -17,6 +17,7 @@ Axes: B rows; K windows of a call; W tokens, U summary tokens of a window; S sho
 d width; n layers.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -29,7 +30,7 @@ from remanence.context._ring import NEVER
 from remanence.context.configuration import ContextConfig, MelodiConfig
 from remanence.context.language_model import ContextLM
 from remanence.context.state import ContextState
-from remanence.errors import DataError
+from remanence.errors import DataError, SettingError
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,30 @@ class MelodiLM(ContextLM):
         self.seeds = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.summary, config.hidden_size), std=0.25))
         self.layers: Any = nn.ModuleList(MelodiLayer(config, layer in long, layer == n - 1) for layer in range(n))
         self.place_of = {layer: place for place, layer in enumerate(long)}
+
+    def resize_window(self, window: int) -> "MelodiLM":
+        """A copy that reads shorter windows: of every mixer what it makes of the window's last tokens is kept.
+
+        Within a document's first window it answers as this model does. Its mixers were trained for longer windows, of which a warning
+        reminds: train them again before you trust its memory. States of this model do not fit it.
+
+        Args:
+            window: below the model's own; there are no mixers for tokens beyond that.
+
+        Raises:
+            SettingError: it is not.
+        """
+        own = self.config.window
+        if not 0 < window < own:
+            raise SettingError(f"resize_window: window={window} must be 1 to {own - 1}: mixers of windows of {own} can only be cropped.")
+        warnings.warn(f"mixers trained for windows of {own} are cropped to {window}; train them again.", stacklevel=2)
+        kept = {
+            name: value[:, own - window :] if ".mix_" in name and name.endswith(".weight") and value.dim() == 2 else value
+            for name, value in self.state_dict().items()
+        }
+        made: Any = MelodiLM(self.config.from_dict(self.config.to_dict() | {"window": window}))
+        made.to(device=self.device, dtype=self.dtype).load_state_dict(kept)
+        return made.train(self.training)  # type: ignore[no-any-return]
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config
