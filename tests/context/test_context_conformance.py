@@ -354,20 +354,3 @@ def test_c10_gradients_agree_with_differences_and_with_single_precision(name):
         copy(tokens, start(copy, 1))[0].square().mean().backward()
         found.append(copy.embedding.weight.grad.double())
     close(*found, 1e-4)
-
-
-# --- the module, which reading leaves as it was ----------------------------------------------------------------------
-
-
-@every
-def test_peers_nothing_is_hidden_in_the_module(name):
-    """transformers 7584, flax variables per mode, memories on disk: reading leaves a model as it was."""
-    model = shared(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert not list(model.buffers())
-    keys = {module: set(vars(module)) for module in model.modules()}
-    first, _ = model(ids(2, 9, "hidden"))
-    model.step(ids(3, 1, "hidden"), start(model, 3))
-    assert {module: set(vars(module)) for module in model.modules()} == keys
-    assert states_equal(model.state_dict(), before)
-    assert torch.equal(model(ids(2, 9, "hidden"))[0], first)

@@ -10,6 +10,20 @@ from remanence.errors import DataError
 from remanence.state import states_equal
 
 
+@every
+def test_peers_nothing_is_hidden_in_the_module(name):
+    """transformers 7584, flax variables per mode, memories on disk: reading leaves a model as it was."""
+    model = shared(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not list(model.buffers())
+    keys = {module: set(vars(module)) for module in model.modules()}
+    first, _ = model(ids(2, 9, "hidden"))
+    model.step(ids(3, 1, "hidden"), start(model, 3))
+    assert {module: set(vars(module)) for module in model.modules()} == keys
+    assert states_equal(model.state_dict(), before)
+    assert torch.equal(model(ids(2, 9, "hidden"))[0], first)
+
+
 @every_kind
 def test_peers_evaluation_in_between_leaves_training_memory_alone(name):
     """transformers 7584: memories kept across train and evaluation, or across batch sizes."""

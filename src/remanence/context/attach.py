@@ -72,6 +72,7 @@ class AttachedMelodi(ContextModel):
             seeds = nn.init.trunc_normal_(torch.empty(config.summary, config.hidden_size), std=0.25)
         self.summary = nn.Parameter(seeds) if places else None
         self.to(self.device)
+        self._no_rows = self.init_state(0, device="cpu")
 
     def _sizes(self, place: int) -> Sizes:
         has_queue = self.config.queue > 0 and place == self.config.long_layer

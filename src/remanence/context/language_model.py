@@ -46,6 +46,7 @@ class ContextLM(ContextModel, PreTrainedModel):  # type: ignore[misc]
         self._build(config)
         self.norm = RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._no_rows = self.init_state(0, device="cpu")
         self.post_init()  # type: ignore[operator]
 
     @abstractmethod

@@ -5,7 +5,6 @@ Axes: B rows (documents); T tokens of a call; W tokens of a window; V vocabulary
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +27,8 @@ class ContextModel(nn.Module):
     config: Any
     device: Any
     state_class: ClassVar[type[ContextState]]
+    _no_rows: ContextState
+    """What states of this model look like; set when the model is made."""
 
     @abstractmethod
     def _empty(self, batch: int) -> dict[str, Tensor]:
@@ -64,10 +65,6 @@ class ContextModel(nn.Module):
             return self.init_state(len(tokens))
         require_state(state, self._no_rows, tokens, type(self).__name__)
         return state
-
-    @cached_property
-    def _no_rows(self) -> Any:
-        return self.init_state(0, device="cpu")
 
     def loss(
         self, tokens: Tensor, targets: Tensor, state: Any = None, lengths: Tensor | None = None, reset: Tensor | None = None
