@@ -1,6 +1,6 @@
 """Acceptance of MELODI and its baselines (A1 to A5).
 
-    python benchmarks/melodi.py                    # all of it; about seven hours of one core, half as long on two
+    python benchmarks/melodi.py                    # all of it; about nine hours of one core, half as long on two
     python benchmarks/melodi.py --quick            # one seed, very few steps, nothing judged: does everything run?
     python benchmarks/melodi.py --only A1 A2       # these experiments anew; the others stay as they are in the JSON
 

@@ -16,7 +16,7 @@ class Size(NamedTuple):
 
     Args:
         seeds: of arms that are judged; the first one alone of arms that are only reported.
-        steps, tuning_steps: of A1, and of the choice of its rates.
+        steps, tuning_steps, long_steps: of A1, of the choice of its rates, and of two of its arms with more training.
         ablation_steps, reported_steps: of A3's paired arms, and of the arms of A3 and A4 with one seed.
         vocabulary: byte pairs, the token that begins documents included.
         n_train_bytes, n_test_bytes: of every training and held-out document, from its beginning.
@@ -29,6 +29,7 @@ class Size(NamedTuple):
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1000
     tuning_steps: int = 300
+    long_steps: int = 2000
     ablation_steps: int = 600
     reported_steps: int = 300
     vocabulary: int = 2048
@@ -41,8 +42,8 @@ class Size(NamedTuple):
 
 
 QUICK = {
-    "seeds": (0,), "steps": 3, "tuning_steps": 1, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300, "n_train_bytes": 20_000,
-    "n_test_bytes": 2_048, "n_ablation_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
+    "seeds": (0,), "steps": 3, "tuning_steps": 1, "long_steps": 4, "ablation_steps": 2, "reported_steps": 1, "vocabulary": 300,
+    "n_train_bytes": 20_000, "n_test_bytes": 2_048, "n_ablation_bytes": 2_048, "recall_steps": 3, "n_recall": 32, "judged": False,
 }  # fmt: skip
 
 class Experiment(NamedTuple):

@@ -172,9 +172,9 @@ def test_a_finished_cell_leaves_its_figures_and_no_checkpoint(files, tmp_path, m
 
 def test_equal_cells_of_two_experiments_are_one(files):
     size = files.sizes.Size("books")
-    names = ("A0", "A1", "A2", "A3", "A3-once", "A4")
+    names = ("A0", "A1", "A1-long", "A2", "A3", "A3-once", "A4")
     keys = {name: {cell.key for cell in files.experiments.EXPERIMENTS[name].cells(size)} for name in names}
-    assert [len(keys[name]) for name in keys] == [4, 12, 7, 9, 11, 4]
+    assert [len(keys[name]) for name in keys] == [24, 12, 6, 7, 9, 11, 4]
     assert len(keys["A3-once"] & keys["A4"]) == 1, "the full model with one seed"
     assert not keys["A1"] & keys["A3"]
 
@@ -308,3 +308,13 @@ def test_results_of_one_experiment_leave_the_others(files, tmp_path):
     merged = files.melodi.merge(path, "A1", {"gates": [3]})
     assert list(merged["parts"]) == ["A1", "A3"]
     assert merged["gates"] == [3, 1]
+
+
+def test_a_rate_must_be_the_best_and_inside_the_range(files):
+    def gate(found):
+        return files.gates._best_rate("melodi", found)
+
+    assert files.arms.CHOSEN["melodi"] == 1.6e-2
+    assert gate({8e-3: 2.1, 1.6e-2: 2.0, 3.2e-2: 2.2}).passed
+    assert not gate({8e-3: 1.9, 1.6e-2: 2.0, 3.2e-2: 2.2}).passed, "another is better"
+    assert not gate({8e-3: 2.1, 1.6e-2: 2.0}).passed, "a higher one might be better"
