@@ -1,8 +1,8 @@
 """A small pretrained host, its documents, and one trained and measured arm of `melodi_attach`.
 
 The host is a Llama of width 96 and depth 4 over 1,024 byte-level subwords, pretrained on windows of the training documents. What is
-attached is trained on the same documents, from their beginning to their end: the host knows the words, and what is left to learn is what
-a window cannot tell. Two more documents choose the rate, and the held-out ones are nobody's.
+attached is trained on the same documents, thirteen at a time and in order: the host knows the words, and what is left to learn is what a
+window cannot tell. Two more documents choose the rate, and the held-out ones are nobody's.
 """
 
 import json

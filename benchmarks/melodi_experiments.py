@@ -18,7 +18,7 @@ def _speed(bench: Bench, size: Size) -> Judged:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "A0": Experiment("one rate for all arms", gates.a0_cells, gates.a0),
+    "A0": Experiment("the rate of every arm of A1", gates.a0_cells, gates.a0),
     "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
     "A1-long": Experiment("MELODI and Transformer-XL with twice the training: reported", gates.a1_long_cells, gates.a1_long),
     "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),

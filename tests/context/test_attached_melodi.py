@@ -65,6 +65,9 @@ def test_a_host_in_bfloat16_keeps_its_dtype():
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, made.host(tokens.view(-1, W)).logits.view(1, -1, V))
     assert state.short.dtype == torch.float32
+    _, later = made(ids(1, 1, "next"), state)
+    assert state.long.any()
+    assert torch.equal(later.long, state.long), "a call that completes no window leaves memory as it is"
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------

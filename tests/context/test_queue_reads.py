@@ -45,6 +45,7 @@ def test_a_forgotten_window_is_not_read_and_an_empty_queue_has_no_shares():
     assert not found.share[..., 1].any()
     torch.testing.assert_close(found.share.sum(-1), torch.ones(2, 3, 1, dtype=torch.float64))
     assert not model.trace(ids(2, 3), start(model, 2)).share.any()
+    assert model.trace(ids(0, 3), start(model, 0)).share.shape == (0, 3, 1, 3)
 
 
 def test_tracing_in_an_open_window_is_tracing_all_of_it():

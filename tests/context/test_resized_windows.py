@@ -10,6 +10,7 @@ from remanence.errors import SettingError
 @pytest.mark.parametrize("name", ["melodi", "melodi token gate, two queues", "melodi summary 3", "melodi without branching"])
 def test_the_first_window_is_read_alike_and_what_memory_made_of_its_last_tokens_is_kept(name):
     model = fresh(name)
+    model.embedding.weight.requires_grad_(False)
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.mix_short, layer.mix_long):
@@ -18,6 +19,7 @@ def test_the_first_window_is_read_alike_and_what_memory_made_of_its_last_tokens_
     with pytest.warns(UserWarning, match="mixers trained for windows of 4 are cropped to 3; train them again"):
         short = model.resize_window(3)
     assert (short.config.window, model.config.window, short.training) == (3, 4, model.training)
+    assert not short.embedding.weight.requires_grad
     tokens = ids(2, 3)
     logits, state = short(tokens, start(short, 2))
     close(logits, model(tokens, start(model, 2))[0])
@@ -28,7 +30,7 @@ def test_the_first_window_is_read_alike_and_what_memory_made_of_its_last_tokens_
         close(mine.mix_short(y[:, 1:]), theirs.mix_short(y))
 
 
-@pytest.mark.parametrize("window", [0, WINDOW, WINDOW + 1])
+@pytest.mark.parametrize("window", [0, 2.0, WINDOW, WINDOW + 1])
 def test_windows_that_are_not_shorter_are_refused(window):
     with pytest.raises(SettingError, match=rf"resize_window: window={window} must be 1 to 3"):
         fresh("melodi").resize_window(window)

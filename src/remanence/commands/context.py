@@ -22,8 +22,8 @@ example:
 
 _TRAIN = """\
 Trains a model on the text files of a folder, or on the sources of Python's standard library, with truncated backpropagation through
-windows. Some documents are held out; at the end their bits per byte are printed. DIR then holds config.json, model.safetensors and
-training.json. The same command resumes a training that was interrupted.
+windows; products are in bfloat16. Some documents are held out; at the end their bits per byte are printed. DIR then holds config.json,
+model.safetensors and training.json. The same command resumes a training that was interrupted.
 
 example:
   remanence context train --out reader

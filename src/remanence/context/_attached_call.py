@@ -41,7 +41,7 @@ class AttachedCall:
         layers: the memory layers.
         seeds: (U, m), the summary that the first of them reads with; None without layers.
         layout: the windows of the call.
-        state: a `MelodiState`, what the rows have read before.
+        state: an `AttachedMelodiState`, what the rows have read before.
     """
 
     def __init__(self, layers: nn.ModuleList, seeds: Tensor | None, layout: Layout, state: Any) -> None:

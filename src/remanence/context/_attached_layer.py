@@ -139,7 +139,7 @@ class MemoryLayer(nn.Module):
                     long.append(self.to_long(y))
                     far.append(self._memory(long[-1]))
         read = self._read(query, shorts, _joined(far), bias, schedule)
-        none = hidden.new_zeros(*hidden.shape[:2], self.sizes.long, queue.shape[2])
+        none = queue.new_zeros(*hidden.shape[:2], self.sizes.long, queue.shape[2])
         return Passed(
             hidden + self.up(read).to(hidden.dtype), torch.stack(onward, 1) if onward else summary, short,
             torch.stack(long, 1) if long else none,

@@ -45,7 +45,7 @@ def require_state(state: Any, empty: ContextState, tokens: Tensor, model: str) -
     """
     batch, window = len(tokens), empty.tail.shape[1]
     shapes = _shapes(empty)
-    if not isinstance(state, type(empty)) or state.batch != batch or _shapes(state) != shapes:
+    if type(state) is not type(empty) or state.batch != batch or _shapes(state) != shapes:
         found = f"{state.batch} rows, {_described(_shapes(state))}" if isinstance(state, ContextState) else "no context state"
         raise DataError(
             f"state: a {type(state).__name__} ({found}) for {batch} rows of a {model} with windows of {window} ({_described(shapes)}); "

@@ -36,6 +36,10 @@ class TokenMixer(nn.Module):
         mixed = self.weight.expand(len(tokens), -1, -1) @ tokens  # one matrix for all would transpose and copy the tokens, twice as long
         return mixed.view(*y.shape[:-2], *mixed.shape[1:]) + self.bias[:, None]
 
+    def crop(self, n: int) -> None:
+        """Make nothing of the first `n` tokens any more: there will be so many fewer."""
+        self.weight = nn.Parameter(self.weight.detach()[:, n:].clone(), self.weight.requires_grad)
+
 
 class LongGate(nn.Module):
     """How a long layer weighs what it read nearby and from the queue, per head and channel.

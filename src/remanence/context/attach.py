@@ -22,7 +22,7 @@ window; Q windows kept; N = L Q.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,9 +43,14 @@ from remanence.errors import DataError, NonFiniteLoss, StateMismatchError
 from remanence.keys import keyed_rng
 from remanence.state import all_finite, load_state, save_state
 
-__all__ = ["AttachedMelodi", "AttachedMelodiConfig", "attach_melodi", "load_attached"]
+__all__ = ["AttachedMelodi", "AttachedMelodiConfig", "AttachedMelodiState", "attach_melodi", "load_attached"]
 
 _FILE, _FORMAT = "attached.safetensors", "remanence attached melodi"
+
+
+@dataclass(frozen=True)
+class AttachedMelodiState(MelodiState):
+    """As MELODI's: m numbers a token, one queue at most."""
 
 
 class AttachedMelodi(ContextModel):
@@ -59,7 +64,7 @@ class AttachedMelodi(ContextModel):
         config: filled in by `for_host`.
     """
 
-    state_class: ClassVar[type[ContextState]] = MelodiState
+    state_class: ClassVar[type[ContextState]] = AttachedMelodiState
 
     def __init__(self, host: Any, config: AttachedMelodiConfig) -> None:
         super().__init__()
@@ -107,7 +112,7 @@ class AttachedMelodi(ContextModel):
 
     def forward(
         self, tokens: Tensor, state: Any = None, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, MelodiState]:
+    ) -> tuple[Tensor, AttachedMelodiState]:
         """Read the next tokens of every row; arguments, results and errors are those of `ContextLM.forward`.
 
         In a document's first window the answers are the host's own: there is nothing to read yet.

@@ -157,7 +157,7 @@ class ContextLM(ContextModel, PreTrainedModel):  # type: ignore[misc]
         shape = (state.batch, config.num_hidden_layers, config.num_attention_heads, window, config.head_size)
         keys = torch.zeros(shape, dtype=self.embedding.weight.dtype, device=self.device)
         cache = {"keys": keys, "values": keys.clone()} | {name: value.to(keys.dtype) for name, value in self._derive(state).items()}
-        longest = int(state.n_tail.max())
+        longest = int(state.n_tail.max()) if state.batch else 0
         if longest:
             place = torch.arange(longest, device=self.device).expand(state.batch, -1)
             self._extend(self.embedding(state.tail[:, :longest]), state, cache, place)

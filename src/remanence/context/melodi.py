@@ -17,6 +17,7 @@ Axes: B rows; K windows of a call; W tokens, U summary tokens of a window; S sho
 d width; n layers.
 """
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
@@ -66,8 +67,8 @@ class QueueReads(NamedTuple):
 
     Args:
         window: (B, Q) int64, which window of the document each place of the queue came from; -1 where there is none.
-        share: (B, t, M, Q), how each long layer's attention is spread over the places, mean over heads. It sums to 1 unless the queue is
-            empty.
+        share: (B, t, M, Q), how each long layer's attention to the queue is spread over its places, mean over heads. It sums to 1, or to 0
+            where the queue is empty; with `empty="zero"` places that were never written take their part of it.
         weight: (B, t, M), how much the queue counts beside what is read nearby, between 0 and 1, mean over heads and channels.
     """
 
@@ -99,7 +100,7 @@ class MelodiLM(ContextLM):
         self.layers: Any = nn.ModuleList(MelodiLayer(config, layer in long, layer == n - 1) for layer in range(n))
         self.place_of = {layer: place for place, layer in enumerate(long)}
 
-    def resize_window(self, window: int) -> "MelodiLM":
+    def resize_window(self, window: int) -> Self:
         """A copy that reads shorter windows: of every mixer what it makes of the window's last tokens is kept.
 
         Within a document's first window it answers as this model does. Its mixers were trained for longer windows, of which a warning
@@ -112,16 +113,18 @@ class MelodiLM(ContextLM):
             SettingError: it is not.
         """
         own = self.config.window
-        if not 0 < window < own:
+        if not isinstance(window, int) or not 0 < window < own:
             raise SettingError(f"resize_window: window={window} must be 1 to {own - 1}: mixers of windows of {own} can only be cropped.")
         warnings.warn(f"mixers trained for windows of {own} are cropped to {window}; train them again.", stacklevel=2)
-        kept = {
-            name: value[:, own - window :] if ".mix_" in name and name.endswith(".weight") and value.dim() == 2 else value
-            for name, value in self.state_dict().items()
-        }
-        made: Any = MelodiLM(self.config.from_dict(self.config.to_dict() | {"window": window}))
-        made.to(device=self.device, dtype=self.dtype).load_state_dict(kept)
-        return made.train(self.training)  # type: ignore[no-any-return]
+        made = copy.deepcopy(self)
+        made.config.window = window
+        for layer in made.layers:
+            layer.window = window
+            for mixer in (layer.mix_short, layer.mix_summary, layer.mix_long):
+                if mixer is not None:
+                    mixer.crop(own - window)
+        made._no_rows = made.init_state(0, device="cpu")
+        return made
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         config = self.config
@@ -174,7 +177,7 @@ class MelodiLM(ContextLM):
 
     @torch.no_grad()
     def trace(self, tokens: Tensor, state: Any) -> QueueReads:
-        """Which windows of the past these tokens read from the queue.
+        """Which windows of the past these tokens read from the queue; the model should be in evaluation mode.
 
         Args:
             tokens: (B, t) int64, what follows in the open window; no more than fit into it.

@@ -18,7 +18,7 @@ from remanence.state import State
 
 
 class ContextModel(nn.Module):
-    """A causal language model that carries a state of bounded size along a document.
+    """What is common to models that carry a state of bounded size along a document.
 
     A subclass has a `ContextConfig` as `config`, a `device`, says what its memory is before anything was read (`_empty`), and reads
     (`forward`).
