@@ -20,7 +20,7 @@ def _speed(bench: Bench, size: Size) -> Judged:
 EXPERIMENTS: dict[str, Experiment] = {
     "A0": Experiment("the rate of every arm of A1", gates.a0_cells, gates.a0),
     "A1": Experiment("bits per byte on long documents, against the baselines", gates.a1_cells, gates.a1),
-    "A1-long": Experiment("MELODI and Transformer-XL with twice the training: reported", gates.a1_long_cells, gates.a1_long),
+    "A1-long": Experiment("MELODI and Transformer-XL with twice the training: two seeds, reported", gates.a1_long_cells, gates.a1_long),
     "A2": Experiment("recall of pairs over many windows", gates.a2_cells, gates.a2),
     "A3": Experiment("what each memory is good for", gates.a3_cells, gates.a3),
     "A3-once": Experiment("what each part is good for: one seed, reported", gates.a3_once_cells, gates.a3_once),

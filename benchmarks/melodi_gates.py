@@ -155,10 +155,10 @@ def _gap(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> di
 
 
 def _a1_long(size: Size) -> dict[str, list[Cell]]:
-    arms = {name: COMPARED[name] for name in ("melodi", "transformer-xl")}
-    return {
-        name: [language_cell(name, arm, seed, size.long_steps, size, lr=CHOSEN[name]) for seed in size.seeds] for name, arm in arms.items()
-    }
+    def cell(name: str, seed: int) -> Cell:
+        return language_cell(name, COMPARED[name], seed, size.long_steps, size, lr=CHOSEN[name])
+
+    return {name: [cell(name, seed) for seed in size.seeds[:2]] for name in ("melodi", "transformer-xl")}
 
 
 def a1_long_cells(size: Size) -> list[Cell]:
