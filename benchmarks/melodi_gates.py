@@ -15,11 +15,11 @@ from melodi_arms import (
     COMPARED,
     COMPARED_ONCE,
     FULL_ATTENTION,
+    FULL_RATES,
     MELODI,
     RATES,
     RECALL,
     RECALL_ONCE,
-    XL,
     Arm,
 )  # fmt: skip
 from melodi_cells import Bench, Cell
@@ -258,12 +258,11 @@ def a3_once(bench: Bench, size: Size) -> Judged:
 
 def _a4(size: Size) -> dict[str, list[Cell]]:
     seed, steps = size.seeds[0], size.reported_steps
-    arms = {"full attention": FULL_ATTENTION, "melodi": MELODI, "transformer-xl": XL, "memorizing": COMPARED["memorizing"]}
-    cells = {name: [_short_cell(name, arm, seed, steps, size)] for name, arm in arms.items()}
+    cells = {name: [_short_cell(name, arm, seed, steps, size)] for name, arm in COMPARED.items()}
     # as many tokens a step as the others, in one row: gradients reach as far as attention does
-    others = {"rows": 1, "segment": ROWS * SEGMENT, "lr": CHOSEN["transformer-xl"]}
-    cells["full attention"] = [_short_cell("full attention", FULL_ATTENTION, seed, steps, size, **others)]
-    return cells
+    rows = {"rows": 1, "segment": ROWS * SEGMENT}
+    full = {rate: _short_cell("full attention", FULL_ATTENTION, seed, steps, size, lr=rate, **rows) for rate in FULL_RATES}
+    return cells | {f"full attention at {rate}": [cell] for rate, cell in full.items()}
 
 
 def a4_cells(size: Size) -> list[Cell]:
@@ -272,7 +271,7 @@ def a4_cells(size: Size) -> list[Cell]:
 
 def a4(bench: Bench, size: Size) -> Judged:
     results, rows = _rows(bench, _a4(size))
-    full = bits_per_byte(results["full attention"])
-    differences = {f"{name} - full attention": compared(bits_per_byte(found) - full) for name, found in results.items()}
-    del differences["full attention - full attention"]
+    found = {name: bits_per_byte(each) for name, each in results.items()}
+    best = min((f"full attention at {rate}" for rate in FULL_RATES), key=lambda name: found[name].mean())
+    differences = {f"{name} - {best}": compared(found[name] - found[best]) for name in COMPARED}
     return {"arms": rows, "differences": differences}, []
