@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from context_models import ids, shared, start
+from context_models import close, ids, shared, start
 
 from remanence.errors import DataError
 
@@ -32,9 +32,10 @@ def test_shares_are_those_of_the_softmax_over_the_queue(name, layers, n_windows)
                 e = (keys @ query).exp() * (state.long_window[row] >= 0)[:, None]
                 n_zero = (state.long_window[row] < 0).sum() * 2 if name == "melodi empty zero" else 0
                 total += e.sum(1) / (e.sum() + n_zero) / 2
-            torch.testing.assert_close(found.share[row, 0, which], total, rtol=1e-9, atol=1e-12)
+            # what empty slots weigh is the logarithm of their number, in single precision
+            close(found.share[row, 0, which], total, 1e-6 if name == "melodi empty zero" else 1e-10)
             near = model.layers[layer].gate.weight(x)
-            torch.testing.assert_close(1 - found.weight[row, 0, which], near[row if near.dim() == 4 else ...].mean(), rtol=1e-9, atol=1e-12)
+            close(1 - found.weight[row, 0, which], near[row if near.dim() == 4 else ...].mean())
     assert torch.equal(found.window, state.long_window)
 
 
