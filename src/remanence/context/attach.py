@@ -35,8 +35,7 @@ from remanence.context._attached_configuration import AttachedMelodiConfig
 from remanence.context._attached_host import add_adapter, blocks_of, host_fingerprint, require_host
 from remanence.context._attached_layer import MemoryLayer, Sizes
 from remanence.context._layout import lay_out
-from remanence.context._ring import NEVER
-from remanence.context.melodi import MelodiState
+from remanence.context.melodi import MelodiState, nothing_read
 from remanence.context.model import ContextModel
 from remanence.context.state import ContextState
 from remanence.errors import DataError, NonFiniteLoss, StateMismatchError
@@ -100,13 +99,7 @@ class AttachedMelodi(ContextModel):
         return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("host.") or ".lora_" in name}
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
-        config = self.config
-        n_queues, n_kept = (1, config.long_windows) if config.queue else (0, 0)
-        return {
-            "short": torch.zeros(batch, len(self.layers), config.short, config.hidden_size),
-            "long": torch.zeros(batch, n_queues, n_kept, config.long_per_window, config.hidden_size),
-            "long_window": torch.full((batch, n_kept), NEVER),
-        }
+        return nothing_read(batch, len(self.layers), 1 if self.config.queue else 0, self.config)
 
     # --- reading -----------------------------------------------------------------------------------------------
 

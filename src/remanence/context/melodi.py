@@ -62,6 +62,16 @@ class MelodiState(ContextState):
         return replace(self, long=long, long_window=self.long_window.masked_fill(gone, NEVER), cache=None)
 
 
+def nothing_read(batch: int, n_layers: int, n_queues: int, config: Any) -> dict[str, Tensor]:
+    """The memory's fields of a `MelodiState` before anything was read; sizes of tokens and queues are the configuration's."""
+    n_kept = config.long_windows if n_queues else 0
+    return {
+        "short": torch.zeros(batch, n_layers, config.short, config.hidden_size),
+        "long": torch.zeros(batch, n_queues, n_kept, config.long_per_window, config.hidden_size),
+        "long_window": torch.full((batch, n_kept), NEVER),
+    }
+
+
 class QueueReads(NamedTuple):
     """What tokens read from the queue.
 
@@ -127,13 +137,7 @@ class MelodiLM(ContextLM):
         return made
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
-        config = self.config
-        n_kept = config.long_windows if config.queue else 0
-        return {
-            "short": torch.zeros(batch, config.num_hidden_layers, config.short, config.hidden_size),
-            "long": torch.zeros(batch, len(self.place_of), n_kept, config.long_per_window, config.hidden_size),
-            "long_window": torch.full((batch, n_kept), NEVER),
-        }
+        return nothing_read(batch, self.config.num_hidden_layers, len(self.place_of), self.config)
 
     def _read(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         y = torch.cat([x, self.seeds.expand(*x.shape[:2], -1, -1)], dim=2)
